@@ -1,0 +1,52 @@
+# `make demo` and `make test` are the two commands: each sets up everything it needs in .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo serve test test-all lint type fmt proto bench clean
+
+help: ## Show what make can do
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else "easel needs Python 3.11 or 3.12; this is %d.%d: make PYTHON=python3.12 ..." % v)'
+	@test -x $(BIN)/python || { echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing easel and its dependencies into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+venv: $(STAMP) ## Create .venv with easel and the developer tools
+
+demo: $(STAMP) ## Start a cluster here, denoise eight prompts at once, stop it
+	@$(BIN)/easel demo
+
+serve: $(STAMP) ## Start a cluster here and stay in the foreground
+	@$(BIN)/easel up --foreground
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP) ## Run the tests, slow ones included
+	$(BIN)/python -m pytest -m ''
+
+lint: $(STAMP) ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(STAMP) ## Check types
+	$(BIN)/mypy
+
+fmt: $(STAMP) ## Format the code
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+proto: $(STAMP) ## Generate the stubs in cluster/rpc from proto/
+	$(BIN)/python -m cluster.rpc.generate
+
+bench: $(STAMP) ## Print this machine's figures as ratios; the last line is one JSON object
+	$(BIN)/python -m benchmarks.bench
+
+clean: ## Remove .venv and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The control plane of Easel: contract, job state, policies, client and command. Imports no torch."""

@@ -1,0 +1,1 @@
+"""What Ray Serve runs: the Router, the Denoiser, and the engines under it."""

@@ -1,0 +1,1 @@
+"""Engines compute canvases. They know tokens and tensors; never Redis, gRPC or protobuf."""
