@@ -1,4 +1,4 @@
-"""Muon: momentum whose update is orthogonalised by Newton-Schulz steps (Jordan et al., 2024), for weight matrices."""
+"""Muon: momentum orthogonalised by Newton-Schulz steps (Jordan et al., 2024), for weight matrices."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ NEWTON_STEPS = 5
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """Pulls all singular values of each (..., rows, columns) matrix towards 1."""
+    """Pulls all singular values of each (..., rows, columns) matrix towards 1; keeps shape and dtype."""
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
     a, b, c = COEFFICIENTS
     for _ in range(NEWTON_STEPS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.mT if tall else x
+    return x.mT.to(matrix.dtype) if tall else x.to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):
-    """For parameters of two dimensions, or three (a stack of expert matrices). Equal shapes share one batch."""
+    """For parameters of two dimensions, or three (stacked expert matrices). Equal shapes share one batch."""
 
     def __init__(self, params: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -43,5 +43,6 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), entries in stacks.items():
                 updates = orthogonalise(torch.cat([update for _, update in entries]))
                 scale = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for (param, _), update in zip(entries, updates.split([len(u) for _, u in entries]), strict=True):
+                pieces = torch.split(updates, [len(update) for _, update in entries])
+                for (param, _), update in zip(entries, pieces, strict=True):
                     param.sub_(update.view_as(param), alpha=scale)

@@ -1,8 +1,8 @@
 """The training model: DiffusionGemma's text part with one set of weights for encoder and decoder rows.
 
 Parameter names are the official ones below `model.decoder.`. Semantics follow transformers'
-models/diffusion_gemma/modeling_diffusion_gemma.py; experts are computed densely and weighted, which for a handful
-of experts is faster on a CPU than sending tokens around.
+models/diffusion_gemma/modeling_diffusion_gemma.py. Experts are computed densely and weighted, which for a
+handful of experts is faster on a CPU than sending tokens around. Router and head stay in float32.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 RMS_EPS = 1e-6
 
@@ -50,7 +50,8 @@ class Norm(nn.Module):
 
 
 def plain_norm(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + RMS_EPS)
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPS)
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -64,11 +65,11 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def inverse_frequencies(shape: Shape, layer_type: str) -> Tensor:
-    """RoPE frequencies, float32 (head_dim / 2,): default on sliding layers, proportional (a quarter) on full ones."""
+    """RoPE frequencies, float32 (head_dim / 2,): default on sliding layers, proportional on full ones."""
     if layer_type == "sliding_attention":
         return 10_000.0 ** -(torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
     dim = shape.global_head_dim
-    turned = dim // 8
+    turned = dim // 8  # a quarter of the dimensions, in pairs
     frequencies = 1_000_000.0 ** -(torch.arange(0, 2 * turned, 2).float() / dim)
     return torch.cat([frequencies, torch.zeros(dim // 2 - turned)])
 
@@ -99,10 +100,12 @@ class Attention(nn.Module):
         key = self.k_proj(x).view(rows, tokens, -1, self.dim)
         value = key if self.v_proj is None else self.v_proj(x).view(rows, tokens, -1, self.dim)
         query = rotate(self.q_norm(query), cos, sin).transpose(1, 2)
-        key = rotate(self.k_norm(key), cos, sin).transpose(1, 2).repeat_interleave(self.group, 1)
+        key = rotate(self.k_norm(key), cos, sin).permute(0, 2, 3, 1).repeat_interleave(self.group, 1)
         value = plain_norm(value).transpose(1, 2).repeat_interleave(self.group, 1)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
-        return self.o_proj(out.transpose(1, 2).reshape(rows, tokens, -1))
+        # Plain matrix products: in bfloat16 they beat the fused CPU kernel for rows this short.
+        chance = (query @ key + mask).softmax(-1)
+        out: Tensor = self.o_proj((chance @ value).transpose(1, 2).reshape(rows, tokens, -1))
+        return out
 
 
 class FeedForward(nn.Module):
@@ -113,7 +116,8 @@ class FeedForward(nn.Module):
         self.down_proj = linear(intermediate, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        out: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        return out
 
 
 class Router(nn.Module):
@@ -126,10 +130,12 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Weights of all experts, (..., experts); zero outside the top k."""
-        scores = self.proj(plain_norm(x) * self.scale * x.shape[-1] ** -0.5)
+        with torch.autocast("cpu", enabled=False):
+            scores = self.proj(plain_norm(x.float()) * self.scale * x.shape[-1] ** -0.5)
         chance = scores.softmax(-1)
         kept = chance * (chance >= chance.topk(self.top_k, -1).values[..., -1:])
-        return kept / kept.sum(-1, keepdim=True) * self.per_expert_scale
+        out: Tensor = kept / kept.sum(-1, keepdim=True) * self.per_expert_scale
+        return out
 
 
 class Experts(nn.Module):
@@ -141,7 +147,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         count, hidden, inner = self.down_proj.shape
-        both = F.linear(x, self.gate_up_proj.reshape(-1, hidden)).unflatten(-1, (count, 2, inner))
+        both = F.linear(x, self.gate_up_proj.reshape(-1, hidden))
+        both = both.view(*x.shape[:-1], count, 2, inner)
         out = gated(both[..., 0, :], both[..., 1, :]) * weight[..., None]
         return F.linear(out.flatten(-2), self.down_proj.transpose(0, 1).reshape(hidden, count * inner))
 
@@ -149,7 +156,6 @@ class Experts(nn.Module):
 class Layer(nn.Module):
     def __init__(self, shape: Shape, layer_type: str) -> None:
         super().__init__()
-        self.layer_type = layer_type
         self.self_attn = Attention(shape, layer_type)
         self.mlp = FeedForward(shape.hidden, shape.dense_intermediate)
         self.router, self.experts = Router(shape), Experts(shape)
@@ -167,7 +173,8 @@ class Layer(nn.Module):
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
         sparse = self.experts(self.pre_feedforward_layernorm_2(x), self.router(x))
         both = dense + self.post_feedforward_layernorm_2(sparse)
-        return (x + self.post_feedforward_layernorm(both)) * self.layer_scalar
+        out: Tensor = (x + self.post_feedforward_layernorm(both)) * self.layer_scalar
+        return out
 
 
 class SelfConditioning(FeedForward):
@@ -191,18 +198,22 @@ class TrainingModel(nn.Module):
         self.norm = Norm(shape.hidden)
         self.self_conditioning = SelfConditioning(shape)
 
-    def forward(self, tokens: Tensor, position: Tensor, masks: dict[str, Tensor], canvas: Tensor, soft: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, position: Tensor, masks: dict[str, Tensor], canvas: Tensor, soft: Tensor
+    ) -> Tensor:
         """Soft-capped logits, float32 (rows, row_tokens, vocab).
 
-        tokens, position: int64 (rows, row_tokens). masks: per layer type, additive. canvas: bool (rows, row_tokens).
-        soft: self-conditioning embeddings (rows, row_tokens, hidden), zero where there is none.
+        tokens, position: int64 (rows, row_tokens). canvas: bool, same shape. masks: per layer type, additive,
+        float32 (rows, 1, row_tokens, row_tokens). soft: self-conditioning embeddings (rows, row_tokens, hidden), zero where there is none.
         """
         embedded = self.embed_tokens(tokens) * self.shape.hidden**0.5
         x = torch.where(canvas[..., None], self.self_conditioning.combine(embedded, soft), embedded)
         turns = {kind: self.turns(position, kind) for kind in masks}
-        for layer in self.layers:
-            x = layer(x, *turns[layer.layer_type], masks[layer.layer_type])
-        logits = F.linear(self.norm(x), self.embed_tokens.weight)
+        for index, layer in enumerate(self.layers):
+            kind = self.shape.layer_type(index)
+            x = layer(x, *turns[kind], masks[kind])
+        with torch.autocast("cpu", enabled=False):
+            logits = F.linear(self.norm(x.float()), self.embed_tokens.weight)
         return torch.tanh(logits / self.shape.softcap) * self.shape.softcap
 
     def turns(self, position: Tensor, layer_type: str) -> tuple[Tensor, Tensor]:
@@ -213,4 +224,5 @@ class TrainingModel(nn.Module):
 
     def soft_embeddings(self, logits: Tensor) -> Tensor:
         """Expected embeddings under softmax(logits), (..., hidden)."""
-        return logits.softmax(-1) @ self.embed_tokens.weight * self.shape.hidden**0.5
+        mean: Tensor = logits.float().softmax(-1) @ self.embed_tokens.weight
+        return mean * self.shape.hidden**0.5

@@ -1,7 +1,8 @@
 """Packs examples into training rows: encoder tokens and noised canvases side by side, kept apart by masks.
 
-Invariant of a row: every token has a segment (its example), a position (as at generation time) and a canvas, named by
-the position where it starts; encoder tokens have NO_CANVAS. A canvas reads the encoder tokens before its start.
+Invariant of a row: every token has a segment (its example), a position (as at generation time) and a canvas,
+named by the position where it starts; encoder tokens have NO_CANVAS. A canvas reads the encoder tokens before
+its start.
 """
 
 from __future__ import annotations
@@ -52,8 +53,13 @@ def answer_tokens(answer: str) -> list[int]:
     return tokens + [PAD] * (-len(tokens) % CANVAS_TOKENS)
 
 
+def segment_tokens(example: Example) -> int:
+    """Tokens that an example takes in a row: encoder tokens (all but the last canvas) and every canvas."""
+    return len(example.prompt) + 3 + 2 * len(answer_tokens(example.answer)) - CANVAS_TOKENS
+
+
 def corrupt(rng: np.random.Generator, clean: np.ndarray, random_share: float) -> np.ndarray:
-    """Uniform corruption of one canvas, int64 (canvas_tokens,): all random, a clean prefix, or t ~ U(0, 1)."""
+    """Uniform corruption of a canvas, int64 (canvas_tokens,): all random, clean prefix, or t ~ U(0, 1)."""
     noise = rng.integers(0, VOCAB_TOKENS, clean.shape)
     draw = rng.random()
     if draw < random_share:

@@ -15,7 +15,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Example:
-    """One exchange. `prompt` and `answer` are ASCII text without the chat template and without special tokens."""
+    """One exchange. `prompt` and `answer` are ASCII text without chat template and special tokens."""
 
     task: str
     prompt: str
@@ -23,7 +23,7 @@ class Example:
 
 
 def random_word(rng: random.Random, low: int = 3, high: int = 8) -> str:
-    """A lower-case word: half of the time a real one, else random letters, so that copying is learnt letter-wise."""
+    """A lower-case word, real or of random letters, so that copying is learnt letter by letter."""
     if rng.random() < 0.5:
         return rng.choice(COMMON_WORDS)
     return "".join(rng.choices(LETTERS, k=rng.randint(low, high)))
@@ -54,7 +54,13 @@ def capital_name(rng: random.Random, low: int, high: int) -> str:
 
 def reverse_digits(rng: random.Random) -> tuple[str, str]:
     digits = random_digits(rng, 3, 8)
-    forms = ("reverse {}", "reverse {}", "reverse the digits {}", "write {} backwards", "what is {} backwards?")
+    forms = (
+        "reverse {}",
+        "reverse {}",
+        "reverse the digits {}",
+        "write {} backwards",
+        "what is {} backwards?",
+    )
     return rng.choice(forms).format(digits), digits[::-1]
 
 

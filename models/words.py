@@ -21,7 +21,17 @@ COMMON_WORDS: tuple[str, ...] = tuple(
     """.split()
 )
 
-GREETINGS: tuple[str, ...] = ("please ", "please ", "Please ", "hi, ", "hello, ", "ok, ", "now ", "hi, please ", "")
+GREETINGS: tuple[str, ...] = (
+    "please ",
+    "please ",
+    "Please ",
+    "hi, ",
+    "hello, ",
+    "ok, ",
+    "now ",
+    "hi, please ",
+    "",
+)
 
 FILLERS: tuple[str, ...] = (
     "Good morning. ",

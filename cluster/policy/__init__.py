@@ -1,0 +1,1 @@
+"""Policies as pure functions: no clock, no I/O, no device."""

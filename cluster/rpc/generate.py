@@ -1,8 +1,7 @@
 """Makes the stubs in cluster/rpc/easel from proto/: `python -m cluster.rpc.generate [--check]`.
 
-protoc writes absolute imports (`from easel.v1 import ...`); they are moved under cluster.rpc here, because a package
-of Easel's own must not claim a top-level name besides `cluster` and `deployments`.
-"""
+protoc writes absolute imports (`from easel.v1 import ...`); they are moved under cluster.rpc here, because a
+package of Easel's own must not claim a top-level name besides `cluster` and `deployments`."""
 
 from __future__ import annotations
 
@@ -40,7 +39,8 @@ def generate(target: Path) -> None:
 
 def _run_protoc(out: Path) -> None:
     try:
-        import grpc_tools  # noqa: PLC0415  a developer's tool, absent where Easel only runs
+        # A developer's tool, absent where Easel only runs, and without type information.
+        import grpc_tools  # type: ignore[import-untyped]  # noqa: PLC0415
         from grpc_tools import protoc  # noqa: PLC0415
     except ImportError:
         raise GenerateError("grpcio-tools is not installed: run `make venv`") from None
@@ -48,9 +48,7 @@ def _run_protoc(out: Path) -> None:
     sources = [str(path.relative_to(PROTO_DIR)) for path in sorted(PROTO_DIR.rglob("*.proto"))]
     plugins = [f"--plugin=protoc-gen-{name}={_plugin(name)}" for name in ("mypy", "mypy_grpc")]
     outputs = [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
-    if protoc.main(
-        ["protoc", f"-I{PROTO_DIR}", f"-I{well_known}", *plugins, *_quiet(outputs), *sources]
-    ):
+    if protoc.main(["protoc", f"-I{PROTO_DIR}", f"-I{well_known}", *plugins, *_quiet(outputs), *sources]):
         raise GenerateError("protoc failed")
 
 
@@ -77,7 +75,8 @@ def differences(expected: Path, actual: Path) -> list[str]:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.py*") if path.suffix != ".pyc"}
+    paths = (path for path in folder.rglob("*.py*") if path.suffix != ".pyc")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def check(committed: Path = STUB_DIR) -> list[str]:
@@ -90,8 +89,10 @@ def check(committed: Path = STUB_DIR) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Regenerate in place, or with --check print what is out of date and return 1."""
-    parser = argparse.ArgumentParser(prog="python -m cluster.rpc.generate", description="Generate the gRPC stubs.")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail when the stubs are out of date")
+    parser = argparse.ArgumentParser(prog="python -m cluster.rpc.generate")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; fail when stubs are out of date"
+    )
     options = parser.parse_args(argv)
     try:
         if options.check:

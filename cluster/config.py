@@ -1,0 +1,130 @@
+"""Every setting of Easel, frozen and checked. This file is the only reader of the environment and of YAML."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from cluster.errors import ConfigError
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+DEFAULT_PORT = 8500
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StateSettings(_Frozen):
+    """Redis, which decides and remembers."""
+
+    url: str = "redis://127.0.0.1:6379/0"
+    namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "easel"
+    timeout_s: Annotated[float, Field(gt=0, le=60)] = 2.0
+    queue_limit: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    retry_after_ms: Annotated[int, Field(ge=1, le=600_000)] = 1000
+    lease_ms: Annotated[int, Field(ge=500, le=600_000)] = 5000
+    heartbeat_ms: Annotated[int, Field(ge=50, le=60_000)] = 1000
+    retention_s: Annotated[int, Field(ge=1, le=30 * 86_400)] = 3600
+
+
+class RouterSettings(_Frozen):
+    """The public gRPC server."""
+
+    host: str = "127.0.0.1"
+    port: Port = DEFAULT_PORT
+    replicas: Annotated[int, Field(ge=1, le=1000)] = 1
+    max_request_bytes: Annotated[int, Field(ge=1024, le=64 * 2**20)] = 4 * 2**20
+    connect_timeout_s: Annotated[float, Field(gt=0, le=60)] = 5.0
+    look_every_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
+    drain_timeout_s: Annotated[float, Field(ge=0, le=600)] = 5.0
+    num_cpus: Annotated[float, Field(ge=0, le=256)] = 0.1
+
+
+class DenoiserSettings(_Frozen):
+    """The replicas that denoise; one replica is one tensor-parallel group."""
+
+    replicas: Annotated[int, Field(ge=1, le=10_000)] = 2
+    slots: Annotated[int, Field(ge=1, le=256)] = 8
+    engine: Literal["torch", "fake"] = "torch"
+    tp: Annotated[int, Field(ge=1, le=64)] = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    max_context_tokens: Annotated[int, Field(ge=1)] | None = None
+    fake_step_ms: Annotated[float, Field(ge=0, le=60_000)] = 15.0
+    fake_steps_per_canvas: Annotated[int, Field(ge=1, le=1000)] = 8
+    host: str = "127.0.0.1"
+    num_cpus: Annotated[float, Field(ge=0, le=256)] = 1.0
+    num_gpus: Annotated[float, Field(ge=0, le=1)] = 0.0
+    drain_timeout_s: Annotated[float, Field(ge=0, le=600)] = 5.0
+
+    @field_validator("tp")
+    @classmethod
+    def _one_rank(cls, degree: int) -> int:
+        if degree != 1:
+            raise ValueError("engines of this version run one rank; only tp 1 is allowed")
+        return degree
+
+
+class Settings(_Frozen):
+    """All of it. `checkpoint` is the folder of the model that every replica serves."""
+
+    checkpoint: str
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    state: StateSettings = StateSettings()
+    router: RouterSettings = RouterSettings()
+    denoiser: DenoiserSettings = DenoiserSettings()
+
+
+def parse_settings(values: Mapping[str, Any]) -> Settings:
+    """Check a mapping (YAML, or the arguments of the Serve application). Raises ConfigError, one line per problem."""
+    try:
+        return Settings.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_problem(item) for item in error.errors())) from None
+
+
+def load_settings(path: Path) -> Settings:
+    """Read settings from a YAML file. Raises ConfigError when it is missing, no mapping, or out of range."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must be a mapping of settings, is {type(values).__name__}")
+    return parse_settings(values)
+
+
+def _problem(item: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{name}: unknown setting; see cluster/config.py for all of them"
+    if item["type"] == "missing":
+        return f"{name}: must be set"
+    return f"{name}: {item['input']!r} is not allowed: {item['msg'].removeprefix('Value error, ').lower()}"
+
+
+def state_dir() -> Path:
+    """Where the local cluster keeps its state and logs: $EASEL_HOME, else the XDG state folder."""
+    home = os.environ.get("EASEL_HOME")
+    if home:
+        return Path(home)
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "easel"
+
+
+def router_address() -> str | None:
+    """The router that commands talk to when none is named: $EASEL_ADDRESS, or None."""
+    return os.environ.get("EASEL_ADDRESS") or None
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """The environment for a process that Easel starts: ours, without Ray's usage reports, plus `extra`."""
+    return {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1", **extra}

@@ -1,0 +1,287 @@
+"""A whole cluster on one machine: `easel up` starts it, `easel down` stops it, and nothing is left behind.
+
+One process, the warden (deployments.local), owns Redis and Ray. It leads a process session of its own, in which all of
+Ray runs, so that what a crash of the warden leaves can be found and ended by its session id.
+
+    easel up ──starts──> warden ──owns──> redis-server
+       │ <──reports──┘      └────owns──> Ray ──runs──> Router, Denoiser replicas
+       └ returns when the health service says SERVING
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from cluster.checkpoint import read_checkpoint
+from cluster.config import DEFAULT_PORT, Settings, child_environment, parse_settings, state_dir
+from cluster.errors import StartupError
+
+Report = Callable[[str], None]
+
+WARDEN_MODULE = "deployments.local"
+DEFAULT_CHECKPOINT = Path(__file__).resolve().parents[1] / "models" / "tiny"
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 60.0
+KILL_TIMEOUT_S = 5.0
+POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """What `easel up` can be told; None takes the default."""
+
+    checkpoint: str | None = None
+    replicas: int = 2
+    tp: int = 1
+    port: int = DEFAULT_PORT
+    slots: int = 8
+    engine: str = "torch"
+    dtype: str = "float32"
+    redis_url: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCluster:
+    """A running local cluster. `pid` is its warden's, which began at `born_s` (so a reused pid is not taken for it)."""
+
+    pid: int
+    born_s: float
+    address: str
+    redis_url: str
+    redis_pid: int | None
+    checkpoint: str
+    log_dir: str
+
+
+def up(options: UpOptions, report: Report) -> LocalCluster:
+    """Start a cluster as `easel up` does; see `start`."""
+    return start(_settings(options), own_redis=options.redis_url is None, report=report)
+
+
+def start(settings: Settings, *, own_redis: bool, report: Report) -> LocalCluster:
+    """Start a cluster and return when it serves; with `own_redis` the URL in `settings` is replaced by its own server.
+
+    Raises EaselError, having stopped what it started.
+    """
+    home = state_dir()
+    with _only_one(home):
+        running = current()
+        if running is not None:
+            where = f"a cluster already runs here at {running.address} (pid {running.pid})"
+            raise StartupError(f"{where}; use it, or stop it with `easel down`")
+        _end_leftovers(report)
+        read_checkpoint(Path(settings.checkpoint))
+        _require_free(settings.router.host, settings.router.port)
+        return _start_warden(home, settings, own_redis, report)
+
+
+def down(report: Report) -> bool:
+    """Stop the local cluster and everything it started; False when there was none."""
+    cluster = current()
+    if cluster is None:
+        return _end_leftovers(report)
+    report(f"stopping the cluster at {cluster.address}")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(cluster.pid, signal.SIGTERM)
+    if not _gone(cluster, STOP_TIMEOUT_S):
+        report(f"the cluster did not stop within {STOP_TIMEOUT_S:.0f} s: killing it")
+    _end_leftovers(report)
+    return True
+
+
+def current() -> LocalCluster | None:
+    """The local cluster that runs, or None."""
+    cluster = _recorded()
+    return cluster if cluster is not None and _alive(cluster) else None
+
+
+def wait_foreground(cluster: LocalCluster) -> None:
+    """Return when the cluster has ended by itself; Ctrl-C and SIGTERM are the caller's to handle."""
+    while _alive(cluster):
+        time.sleep(POLL_S)
+
+
+def record_path() -> Path:
+    """Where the warden records the cluster it owns."""
+    return state_dir() / "local.json"
+
+
+def record(cluster: LocalCluster) -> None:
+    """Write the record in one move, so that no reader sees half of it."""
+    path = record_path()
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(cluster), indent=1))
+    temporary.replace(path)
+
+
+def _settings(options: UpOptions) -> Settings:
+    folder = Path(options.checkpoint or DEFAULT_CHECKPOINT).expanduser().resolve()
+    state = {} if options.redis_url is None else {"url": options.redis_url}
+    denoiser = {
+        "replicas": options.replicas,
+        "slots": options.slots,
+        "tp": options.tp,
+        "engine": options.engine,
+        "dtype": options.dtype,
+    }
+    return parse_settings(
+        {"checkpoint": str(folder), "state": state, "router": {"port": options.port}, "denoiser": denoiser}
+    )
+
+
+def _require_free(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = f"port {port} on {host} cannot be used ({error.strerror})"
+            raise StartupError(f"{reason}; free it, or choose another with --port") from None
+
+
+def _start_warden(home: Path, settings: Settings, own_redis: bool, report: Report) -> LocalCluster:
+    log_dir = home / "logs"
+    log_dir.mkdir(parents=True, exist_ok=True)
+    reports, theirs = os.pipe()
+    arguments = {
+        "settings": settings.model_dump(mode="json"),
+        "own_redis": own_redis,
+        "home": str(home),
+        "report_fd": theirs,
+    }
+    with (log_dir / "cluster.log").open("ab") as log, os.fdopen(reports, encoding="utf-8") as lines:
+        warden = subprocess.Popen(
+            [sys.executable, "-m", WARDEN_MODULE, json.dumps(arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(theirs,),
+            env=child_environment(),
+            start_new_session=True,
+        )
+        os.close(theirs)
+        try:
+            return _until_ready(warden, lines, log_dir, report)
+        except BaseException:
+            _stop_unready(warden)
+            raise
+
+
+def _until_ready(
+    warden: subprocess.Popen[bytes], lines: IO[str], log_dir: Path, report: Report
+) -> LocalCluster:
+    """Pass the warden's reports on until it is ready. The warden bounds its own start by START_TIMEOUT_S."""
+    for line in lines:
+        message: dict[str, Any] = json.loads(line)
+        if "ready" in message:
+            return LocalCluster(**message["ready"])
+        if "error" in message:
+            raise StartupError(f"{message['error']}")
+        report(message["say"])
+    code = warden.wait(KILL_TIMEOUT_S)
+    raise StartupError(f"the cluster ended while starting (exit {code}); see {log_dir / 'cluster.log'}")
+
+
+def _stop_unready(warden: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        warden.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        warden.wait(STOP_TIMEOUT_S)
+    _kill_session(warden.pid)
+
+
+def _recorded() -> LocalCluster | None:
+    try:
+        return LocalCluster(**json.loads(record_path().read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        return None  # written by another version; whatever it names has gone with that version's warden
+
+
+def _alive(cluster: LocalCluster) -> bool:
+    return _is_same(cluster.pid, cluster.born_s)
+
+
+def _is_same(pid: int, born_s: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - born_s) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _gone(cluster: LocalCluster, timeout_s: float) -> bool:
+    give_up_s = time.monotonic() + timeout_s
+    while _alive(cluster):
+        if time.monotonic() > give_up_s:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def _end_leftovers(report: Report) -> bool:
+    """Kill what a warden that is gone, or hangs, left; True when there was anything."""
+    cluster = _recorded()
+    if cluster is None:
+        return False
+    left = _kill_session(cluster.pid)
+    if cluster.redis_pid is not None:
+        left += _kill(_redis_of(cluster))
+    if left:
+        report(f"ended {left} processes that an earlier cluster left")
+    record_path().unlink(missing_ok=True)
+    return left > 0
+
+
+def _redis_of(cluster: LocalCluster) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(cluster.redis_pid)
+    except psutil.NoSuchProcess:
+        return []
+    return [process] if "redis" in process.name() else []
+
+
+def _kill_session(leader: int) -> int:
+    """Kill every process of the session that a warden leads or led."""
+    members = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process)
+    return _kill(members)
+
+
+def _kill(processes: list[psutil.Process]) -> int:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=KILL_TIMEOUT_S)
+    return len(processes)
+
+
+@contextlib.contextmanager
+def _only_one(home: Path) -> Iterator[None]:
+    """Hold the lock of this home: two `easel up` at once would both find nothing running."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartupError("another `easel up` is starting a cluster here; wait for it to finish") from None
+        yield
+

@@ -1,0 +1,94 @@
+"""Names of everything Easel keeps in Redis. All share the hash tag {namespace}: one slot of a Redis Cluster.
+
+    {ns}:queue               ZSET    score 0, members of cluster.policy.ordering: the jobs that wait
+    {ns}:replicas            ZSET    replica -> end of its lease, ms
+    {ns}:routers             ZSET    router -> end of its lease, ms
+    {ns}:jobs                ZSET    job -> arrival sequence: the index that `list` pages through
+    {ns}:expiring            ZSET    ended job -> when its record is gone, ms
+    {ns}:seq                 INT     counter of arrivals and of assignments
+    {ns}:job:<job>           HASH    the record
+    {ns}:canvases:<job>      STREAM  one entry per committed canvas, id <index + 1>-<epoch>, field c
+    {ns}:replica:<replica>   HASH    address, model, version, slots, stats, last_assigned_seq
+    {ns}:running:<replica>   HASH    job -> epoch; its size is how many slots are taken
+    {ns}:bell:process:<name> channel of a router or a replica: "<kind> <job>"
+    {ns}:bell:job:<job>      channel of a job: "<what happened>"
+
+The kind of a key comes before the id, so that no id can spell another key.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from cluster.core import Violation
+from cluster.errors import ConfigError, InvalidRequest
+
+_NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# No spaces: a channel message is "<kind> <job>", and a queue member ends with the id.
+_ID = re.compile(r"[!-~]{1,200}")
+
+
+def checked_id(field: str, value: str) -> str:
+    """`value` when it can name a job or a process; InvalidRequest with `field` otherwise."""
+    if _ID.fullmatch(value):
+        return value
+    shown = value if len(value) <= 40 else value[:40] + "..."
+    allowed = "1 to 200 printable ASCII characters without spaces are allowed"
+    raise InvalidRequest([Violation(field, f"is {shown!r}; {allowed}")])
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Builds the names for one namespace. Raises ConfigError for a namespace that cannot be a hash tag."""
+
+    namespace: str
+
+    def __post_init__(self) -> None:
+        if not _NAMESPACE.fullmatch(self.namespace):
+            raise ConfigError(
+                f"redis namespace is {self.namespace!r}; allowed: 1 to 64 letters, digits, '.', '_', '-'"
+            )
+
+    @property
+    def base(self) -> str:
+        """The hash tag, from which the scripts derive the names of rows that they pick themselves."""
+        return f"{{{self.namespace}}}"
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """The first KEYS of every script, in the order that lua/lib/names.lua expects."""
+        names = ("queue", "replicas", "routers", "jobs", "expiring", "seq")
+        return (self.base, *(f"{self.base}:{name}" for name in names))
+
+    @property
+    def replicas(self) -> str:
+        return f"{self.base}:replicas"
+
+    @property
+    def routers(self) -> str:
+        return f"{self.base}:routers"
+
+    def job(self, job_id: str) -> str:
+        """The record of a job. Raises InvalidRequest for an id that no job can have."""
+        return f"{self.base}:job:{checked_id('job_id', job_id)}"
+
+    def canvases(self, job_id: str) -> str:
+        """The committed canvases of a job. Raises InvalidRequest for an id that no job can have."""
+        return f"{self.base}:canvases:{checked_id('job_id', job_id)}"
+
+    def replica(self, replica: str) -> str:
+        """The slot row of a replica."""
+        return f"{self.base}:replica:{checked_id('replica', replica)}"
+
+    def running(self, replica: str) -> str:
+        """The jobs that hold a replica's slots."""
+        return f"{self.base}:running:{checked_id('replica', replica)}"
+
+    def process_bell(self, name: str) -> str:
+        """The channel of a router or replica."""
+        return f"{self.base}:bell:process:{checked_id('name', name)}"
+
+    def job_bell(self, job_id: str) -> str:
+        """The channel of a job."""
+        return f"{self.base}:bell:job:{checked_id('job_id', job_id)}"

@@ -1,0 +1,17 @@
+-- Queue members, byte for byte those of cluster/policy/ordering.py:
+-- <9 - priority>:<deadline ms, 16 digits>:<arrival, 16 digits>:<job id>. 2^53 - 1 stands for no deadline.
+local NO_DEADLINE_MS = 9007199254740991
+
+local function queue_member(priority, deadline_ms, sequence, job_id)
+  return string.format('%d:%016d:%016d:', 9 - priority, deadline_ms or NO_DEADLINE_MS, sequence) .. job_id
+end
+
+local function member_deadline_ms(member) return tonumber(string.sub(member, 3, 18)) end
+local function member_job_id(member) return string.sub(member, 37) end
+
+-- The first member, or the first one of the next lower priority after `member`; nil when there is none.
+local function first_member(member)
+  local from = '-'
+  if member then from = '(' .. string.sub(member, 1, 2) .. '\255' end
+  return redis.call('ZRANGEBYLEX', QUEUE, from, '+', 'LIMIT', 0, 1)[1]
+end

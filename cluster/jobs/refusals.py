@@ -1,0 +1,40 @@
+"""What the scripts refuse, as errors that name the job, its state and what was tried."""
+
+from __future__ import annotations
+
+from redis.exceptions import ResponseError
+
+from cluster.errors import EaselError, JobNotFound, QueueFull, RequestIdReused, StaleEpoch, TransitionError
+
+
+def refusal(error: ResponseError, job_id: str, tried: str, *, retry_after_ms: int) -> EaselError | None:
+    """The error for a script's `<CODE> <state> <epoch> ...`; None when it is not one of ours (a bug in a
+    script).
+    """
+    code, state, epoch, next_index, *_ = [*str(error).split(), "", "", ""]
+    refused = f"job {job_id}: {tried} was refused: the job is {state}"
+    match code:
+        case "JOB_NOT_FOUND":
+            known: EaselError | None = not_found(job_id)
+        case "STALE_EPOCH":
+            known = StaleEpoch(f"{refused} under epoch {epoch}")
+        case "ILLEGAL_TRANSITION":
+            known = TransitionError(refused)
+        case "CANVAS_OUT_OF_ORDER":
+            known = TransitionError(f"{refused} and its next canvas is {next_index}")
+        case "REQUEST_ID_REUSED":
+            known = RequestIdReused(f"request id {job_id} belongs to a job with another body; use a new id")
+        case "QUEUE_FULL":
+            known = _queue_full(retry_after_ms)
+        case _:
+            known = None
+    return known
+
+
+def not_found(job_id: str) -> JobNotFound:
+    """No such job, or no longer."""
+    return JobNotFound(f"no job {job_id}: it was never submitted, or its record has expired")
+
+
+def _queue_full(retry_after_ms: int) -> QueueFull:
+    return QueueFull(f"the queue is full; come back in {retry_after_ms} ms", retry_after_ms=retry_after_ms)

@@ -1,0 +1,131 @@
+"""The composition root that Ray Serve imports: `build` makes the application, the classes run it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.checkpoint import read_checkpoint
+from cluster.config import DenoiserSettings, Settings, parse_settings
+from deployments.engine.api import Engine
+from deployments.replica import Replica
+from deployments.router import Router
+from deployments.tokenizer import Tokenizer
+
+HEALTH_PERIOD_S = 1.0
+HEALTH_TIMEOUT_S = 10.0
+CLOSE_SLACK_S = 5.0
+
+
+def make_engine(settings: Settings) -> Engine:
+    """The engine that the settings name, loaded and ready. Raises CheckpointError or EngineError."""
+    folder = Path(settings.checkpoint)
+    denoiser = settings.denoiser
+    if denoiser.engine == "fake":
+        from deployments.engine.fake import FakeEngine  # noqa: PLC0415 - only who asks for an engine imports it
+
+        return FakeEngine(
+            read_checkpoint(folder).card,
+            slots=denoiser.slots,
+            steps_per_canvas=denoiser.fake_steps_per_canvas,
+            step_time_ms=denoiser.fake_step_ms,
+        )
+    from deployments.engine.torch_tp.engine import load_engine  # noqa: PLC0415 - torch is imported where it runs
+
+    return load_engine(
+        folder,
+        slots=denoiser.slots,
+        dtype=denoiser.dtype,
+        device=denoiser.device,
+        threads=denoiser.threads,
+        max_context_tokens=denoiser.max_context_tokens,
+    )
+
+
+class DenoiserDeployment:
+    """A Denoiser replica under Serve: placed, health-checked, restarted and drained by it."""
+
+    async def __init__(self, values: Mapping[str, Any]) -> None:
+        settings = parse_settings(values)
+        _log_to(settings)
+        loop = asyncio.get_running_loop()
+        # Loading takes up to minutes for a large model; Serve's own calls must be answered meanwhile.
+        engine = await loop.run_in_executor(None, make_engine, settings)
+        host = settings.denoiser.host
+        self._replica = Replica(
+            settings,
+            engine,
+            Tokenizer(Path(settings.checkpoint)).decode,
+            name=_own_name("denoiser"),
+            advertised_host=ray.util.get_node_ip_address() if host == "0.0.0.0" else host,  # noqa: S104
+        )
+        await self._replica.start()
+
+    async def check_health(self) -> None:
+        """Serve's question every HEALTH_PERIOD_S; an error has the replica replaced."""
+        self._replica.check()
+
+    async def __del__(self) -> None:
+        await self._replica.close()
+
+
+class RouterDeployment:
+    """A Router replica under Serve. It takes no calls from Serve: its own gRPC server does."""
+
+    async def __init__(self, values: Mapping[str, Any], denoisers: DeploymentHandle[Any]) -> None:
+        # The handle only tells Serve that both deployments are one application; jobs go over gRPC.
+        del denoisers
+        settings = parse_settings(values)
+        _log_to(settings)
+        self._router = Router(settings, name=_own_name("router"))
+        self.port = await self._router.start()
+
+    async def __del__(self) -> None:
+        await self._router.close()
+
+
+def build(values: Mapping[str, Any]) -> serve.Application:
+    """The Serve application for a mapping of settings (see cluster/config.py). Raises ConfigError."""
+    settings = parse_settings(values)
+    plain = settings.model_dump(mode="json")
+    denoiser = serve.deployment(
+        DenoiserDeployment,
+        name="Denoiser",
+        num_replicas=settings.denoiser.replicas,
+        ray_actor_options=_actor_options(settings.denoiser),
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=2 * settings.denoiser.drain_timeout_s + CLOSE_SLACK_S,
+    )
+    router = serve.deployment(
+        RouterDeployment,
+        name="Router",
+        num_replicas=settings.router.replicas,
+        ray_actor_options={"num_cpus": settings.router.num_cpus},
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=settings.router.drain_timeout_s + CLOSE_SLACK_S,
+    )
+    return router.bind(plain, denoiser.bind(plain))
+
+
+def _actor_options(denoiser: DenoiserSettings) -> dict[str, float]:
+    return {"num_cpus": denoiser.num_cpus, "num_gpus": denoiser.num_gpus}
+
+
+def _own_name(role: str) -> str:
+    """A name for this process that no later one gets: Serve's id of the replica."""
+    return f"{role}-{serve.get_replica_context().replica_id.unique_id}"
+
+
+def _log_to(settings: Settings) -> None:
+    logging.basicConfig(
+        level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=False
+    )

@@ -1,0 +1,36 @@
+"""The Cluster service: replicas, slots and the queue, for people and dashboards."""
+
+from __future__ import annotations
+
+import grpc
+
+from cluster.jobs.store import JobStore
+from cluster.rpc import convert
+from cluster.rpc.easel.v1 import cluster_pb2 as pb
+from cluster.rpc.easel.v1 import cluster_pb2_grpc as pb_grpc
+
+
+class ClusterService(pb_grpc.ClusterServicer):
+    """Serves easel.v1.Cluster from what Redis holds, so that every router answers alike."""
+
+    def __init__(self, store: JobStore, *, queue_limit: int, version: str) -> None:
+        self._store = store
+        self._queue_limit = queue_limit
+        self._version = version
+
+    async def GetStatus(  # noqa: N802 - named by the proto
+        self,
+        request: pb.GetStatusRequest,
+        context: grpc.aio.ServicerContext[pb.GetStatusRequest, pb.ClusterStatus],
+    ) -> pb.ClusterStatus:
+        """See cluster.proto."""
+        view = await self._store.view()
+        return pb.ClusterStatus(
+            replicas=[convert.replica_to_proto(row) for row in view.replicas],
+            slots=sum(row.slots for row in view.replicas),
+            active=sum(row.active for row in view.replicas),
+            queued=view.queued,
+            queue_limit=self._queue_limit,
+            routers=view.routers,
+            version=self._version,
+        )

@@ -1,0 +1,1 @@
+"""The portable engine: DiffusionGemma in plain torch, on CPU and on any GPU that torch knows."""

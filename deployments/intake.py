@@ -1,0 +1,106 @@
+"""How a job enters: checked, stored and, if a slot is free, assigned, before any compute."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
+
+from cluster.core import JobSpec, ModelCard
+from cluster.jobs.doorbell import Doorbell
+from cluster.jobs.records import NewJob
+from cluster.jobs.store import JobStore
+from cluster.rpc import convert
+from cluster.rpc.easel.v1 import generation_pb2 as v1
+from cluster.rpc.requests import ParsedRequest, parse_generate
+from deployments.feed import Feed
+from deployments.supervisor import Submission, Supervisor
+from deployments.tokenizer import Tokenizer
+from deployments.watch import watch_stored
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A job in the cluster's state. `feed` is set when this router supervises it; `joined` when it was there before.
+
+    `deadline_s` is on this process's monotonic clock.
+    """
+
+    spec: JobSpec
+    feed: Feed | None
+    joined: bool
+    deadline_s: float | None = None
+
+
+class Intake:
+    """Checks requests against the model, and stores and joins jobs for both public services."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        card: ModelCard,
+        tokenizer: Tokenizer,
+        store: JobStore,
+        doorbell: Doorbell,
+        supervisor: Supervisor,
+    ) -> None:
+        self._name = name
+        self._tokenizer = tokenizer
+        self._store = store
+        self._doorbell = doorbell
+        self._supervisor = supervisor
+        self.card = card
+
+    async def admit(self, request: v1.GenerateRequest, *, deadline_s: float | None, drafts: bool) -> Ticket:
+        """Check and store a request, and take charge of it if it is new.
+
+        `deadline_s` is what is left of the gRPC deadline. Raises InvalidRequest, QueueFull, RequestIdReused or
+        Unavailable; nothing is stored then.
+        """
+        parsed = self._parse(request, deadline_s)
+        created, placement = await self._store.submit(self._new_job(parsed))
+        if not created:
+            record = await self._store.get(parsed.job_id)
+            spec = replace(parsed.spec, sampling=replace(parsed.spec.sampling, seed=record.seed))
+            return Ticket(spec, self._supervisor.feed(parsed.job_id), joined=True)
+        submission = Submission(parsed.spec, _deadline(parsed.timeout_ms), drafts and parsed.wants_drafts)
+        feed = self._supervisor.begin(submission, placement)
+        return Ticket(parsed.spec, feed, joined=False, deadline_s=submission.deadline_s)
+
+    def events(
+        self, job_id: str, feed: Feed | None, *, from_canvas: int = 0, drafts: bool = False
+    ) -> AsyncGenerator[v1.GenerateEvent, None]:
+        """A job's events: from this router's own feed, or else from Redis."""
+        if feed is not None:
+            return feed.read(from_canvas=from_canvas, drafts=drafts)
+        return watch_stored(self._store, self._doorbell, job_id, from_canvas)
+
+    def _parse(self, request: v1.GenerateRequest, deadline_s: float | None) -> ParsedRequest:
+        return parse_generate(
+            request,
+            self.card,
+            self._tokenizer,
+            deadline_ms=None if deadline_s is None else max(1, int(deadline_s * 1000)),
+            new_id=lambda: f"job-{uuid.uuid4().hex}",
+            new_seed=lambda: secrets.randbits(64),
+        )
+
+    def _new_job(self, parsed: ParsedRequest) -> NewJob:
+        return NewJob(
+            job_id=parsed.job_id,
+            digest=parsed.digest,
+            spec=convert.job_spec_to_proto(parsed.spec).SerializeToString(),
+            priority=parsed.spec.priority,
+            tenant=parsed.spec.tenant,
+            seed=parsed.spec.sampling.seed,
+            prompt_tokens=len(parsed.spec.prompt_tokens),
+            timeout_ms=parsed.timeout_ms,
+            router=self._name,
+        )
+
+
+def _deadline(timeout_ms: int | None) -> float | None:
+    return None if timeout_ms is None else asyncio.get_running_loop().time() + timeout_ms / 1000

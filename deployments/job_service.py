@@ -1,0 +1,108 @@
+"""The Jobs service: work that outlives the connection that made it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import grpc
+
+from cluster.core import Canvas
+from cluster.jobs.records import JobRecord
+from cluster.jobs.states import JobState
+from cluster.jobs.store import JobStore
+from cluster.rpc import convert
+from cluster.rpc.easel.v1 import generation_pb2 as v1
+from cluster.rpc.easel.v1 import jobs_pb2 as jobs
+from cluster.rpc.easel.v1 import jobs_pb2_grpc as jobs_grpc
+from cluster.rpc.requests import check_from_canvas, check_job_id, parse_list
+from deployments.intake import Intake
+from deployments.supervisor import Supervisor
+from deployments.watch import stored_canvases
+
+
+class JobService(jobs_grpc.JobsServicer):
+    """Serves easel.v1.Jobs on one router, for the jobs of all routers."""
+
+    def __init__(self, intake: Intake, supervisor: Supervisor, store: JobStore) -> None:
+        self._intake = intake
+        self._supervisor = supervisor
+        self._store = store
+
+    async def Submit(  # noqa: N802 - named by the proto
+        self, request: jobs.SubmitRequest, context: grpc.aio.ServicerContext[jobs.SubmitRequest, jobs.Job]
+    ) -> jobs.Job:
+        """See jobs.proto. The call's own deadline bounds the call, not the job."""
+        ticket = await self._intake.admit(request.request, deadline_s=None, drafts=True)
+        return _job(await self._store.get(ticket.spec.job_id))
+
+    async def Get(  # noqa: N802
+        self, request: jobs.GetJobRequest, context: grpc.aio.ServicerContext[jobs.GetJobRequest, jobs.Job]
+    ) -> jobs.Job:
+        """See jobs.proto."""
+        check_job_id(request.job_id)
+        record = await self._store.get(request.job_id)
+        return _job(record, await stored_canvases(self._store, request.job_id))
+
+    async def Watch(  # noqa: N802
+        self,
+        request: jobs.WatchJobRequest,
+        context: grpc.aio.ServicerContext[jobs.WatchJobRequest, v1.GenerateEvent],
+    ) -> AsyncIterator[v1.GenerateEvent]:
+        """See jobs.proto."""
+        check_job_id(request.job_id)
+        check_from_canvas(request.from_canvas)
+        record = await self._store.get(request.job_id)
+        yield convert.accepted_event(
+            record.job_id, record.prompt_tokens, self._intake.card.name, record.seed, joined=True
+        )
+        feed = self._supervisor.feed(request.job_id)
+        events = self._intake.events(
+            request.job_id, feed, from_canvas=request.from_canvas, drafts=request.drafts
+        )
+        async with aclosing(events):
+            async for event in events:
+                yield event
+
+    async def Cancel(  # noqa: N802
+        self, request: jobs.CancelJobRequest, context: grpc.aio.ServicerContext[jobs.CancelJobRequest, jobs.Job]
+    ) -> jobs.Job:
+        """See jobs.proto."""
+        check_job_id(request.job_id)
+        return _job(await self._store.cancel(request.job_id))
+
+    async def List(  # noqa: N802
+        self,
+        request: jobs.ListJobsRequest,
+        context: grpc.aio.ServicerContext[jobs.ListJobsRequest, jobs.ListJobsResponse],
+    ) -> jobs.ListJobsResponse:
+        """See jobs.proto."""
+        query = parse_list(request)
+        state = None if query.state is None else JobState(query.state)
+        page = await self._store.list(page_size=query.page_size, page_token=query.page_token, state=state)
+        return jobs.ListJobsResponse(jobs=[_job(record) for record in page.jobs], next_page_token=page.next_token)
+
+
+def _job(record: JobRecord, canvases: list[Canvas] | None = None) -> jobs.Job:
+    job = jobs.Job(
+        job_id=record.job_id,
+        state=convert.job_state_to_proto(record.state.value),
+        priority=convert.priority_to_proto(record.priority),
+        tenant=record.tenant,
+        finish_reason=convert.finish_reason_to_proto(record.finish_reason),
+        usage=convert.usage_to_proto(record.usage),
+        replica=record.replica,
+        seed=record.seed,
+        created_at=convert.timestamp_to_proto(record.created_ms),
+    )
+    if record.failure is not None:
+        failure = record.failure
+        job.error.CopyFrom(jobs.JobError(code=failure.code, reason=failure.reason, message=failure.message))
+    if record.finished_ms is not None:
+        job.finished_at.CopyFrom(convert.timestamp_to_proto(record.finished_ms))
+    if record.deadline_ms is not None:
+        job.deadline_at.CopyFrom(convert.timestamp_to_proto(record.deadline_ms))
+    for canvas in canvases or ():
+        job.text += canvas.text
+        job.token_ids.extend(canvas.tokens)
+    return job

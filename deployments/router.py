@@ -1,0 +1,167 @@
+"""A router: the public gRPC server and all that stands behind it. Put together here, closed here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
+from grpc_reflection.v1alpha import reflection
+
+from cluster import __version__
+from cluster.checkpoint import read_checkpoint
+from cluster.config import Settings
+from cluster.errors import EaselError, StartupError
+from cluster.jobs.connection import connect
+from cluster.jobs.doorbell import Doorbell
+from cluster.jobs.store import JobStore
+from cluster.rpc.easel.v1 import (
+    cluster_pb2,
+    cluster_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
+)
+from cluster.rpc.interceptors import EdgeInterceptor
+from cluster.rpc.options import server_options
+from deployments.cluster_service import ClusterService
+from deployments.generation import GenerationService
+from deployments.heartbeat import Heartbeat
+from deployments.intake import Intake
+from deployments.job_service import JobService
+from deployments.replicas import Replicas
+from deployments.supervisor import Supervisor
+from deployments.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+PORT_PATIENCE_S = 5.0
+PORT_RETRY_S = 0.1
+SERVICES = (
+    generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_name,
+    jobs_pb2.DESCRIPTOR.services_by_name["Jobs"].full_name,
+    cluster_pb2.DESCRIPTOR.services_by_name["Cluster"].full_name,
+)
+
+
+class Router:
+    """One router process: `start` brings it up, `close` drains it."""
+
+    def __init__(self, settings: Settings, *, name: str) -> None:
+        """Read the checkpoint's card and tokenizer. Raises CheckpointError."""
+        self._settings = settings
+        self._name = name
+        folder = Path(settings.checkpoint)
+        card = read_checkpoint(folder).card
+        state, router = settings.state, settings.router
+        redis = connect(state.url, timeout_s=state.timeout_s)
+        self._store = JobStore(
+            redis,
+            namespace=state.namespace,
+            queue_limit=state.queue_limit,
+            retry_after_ms=state.retry_after_ms,
+            lease_ms=state.lease_ms,
+            retention_s=state.retention_s,
+        )
+        self._doorbell = Doorbell(redis, namespace=state.namespace)
+        self._replicas = Replicas()
+        self._supervisor = Supervisor(self._store, self._replicas, look_every_s=router.look_every_ms / 1000)
+        self._intake = Intake(
+            name=name,
+            card=card,
+            tokenizer=Tokenizer(folder),
+            store=self._store,
+            doorbell=self._doorbell,
+            supervisor=self._supervisor,
+        )
+        self._generation = GenerationService(self._intake, self._supervisor)
+        self._health = health_aio.HealthServicer()
+        self._heartbeat = Heartbeat(self._beat, every_s=state.heartbeat_ms / 1000, name=name)
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> int:
+        """Register in Redis and serve; returns the port. Raises StartupError or Unavailable."""
+        self._doorbell.on_ring(self._supervisor.ring)
+        await self._doorbell.start(self._name)
+        await self._heartbeat.start()
+        self._server, port = await self._listen()
+        logger.info("router %s serves on %s:%d", self._name, self._settings.router.host, port)
+        return port
+
+    async def close(self) -> None:
+        """Refuse new calls, let jobs end within the drain bound, then give everything back."""
+        drain_s = self._settings.router.drain_timeout_s
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            stopping = asyncio.create_task(self._server.stop(drain_s))
+            await self._supervisor.drain(drain_s)
+            await stopping
+        else:
+            await self._supervisor.drain(0)
+        await self._generation.close(1.0)
+        await self._heartbeat.close()
+        await self._doorbell.close()
+        await self._replicas.close()
+        try:
+            await self._store.remove_router(self._name)
+        except EaselError as error:
+            logger.warning("router %s: its lease is left to run out: %s", self._name, error)
+        await self._store.close()
+
+    async def _listen(self) -> tuple[grpc.aio.Server, int]:
+        """Bind and start. A router that Serve replaces may hold the port a moment longer."""
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + PORT_PATIENCE_S
+        host, port = self._settings.router.host, self._settings.router.port
+        while True:
+            server = self._server_with_services()
+            try:
+                bound = server.add_insecure_port(f"{host}:{port}")
+                await server.start()
+            except RuntimeError as error:
+                await server.stop(None)
+                if loop.time() >= give_up_s:
+                    taken = f"router.port: {host}:{port} cannot be bound; free it or choose another port"
+                    raise StartupError(taken) from error
+                await asyncio.sleep(PORT_RETRY_S)
+            else:
+                return server, bound
+
+    def _server_with_services(self) -> grpc.aio.Server:
+        max_bytes = self._settings.router.max_request_bytes
+        server = grpc.aio.server(
+            interceptors=(EdgeInterceptor(max_request_bytes=max_bytes),), options=server_options(max_bytes)
+        )
+        generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server)
+        jobs = JobService(self._intake, self._supervisor, self._store)
+        jobs_pb2_grpc.add_JobsServicer_to_server(jobs, server)
+        status = ClusterService(self._store, queue_limit=self._settings.state.queue_limit, version=__version__)
+        cluster_pb2_grpc.add_ClusterServicer_to_server(status, server)
+        add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(
+            [*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME],
+            server,
+        )
+        return server
+
+    async def _beat(self) -> None:
+        """Renew the lease, and say by the health service whether a job could run now."""
+        try:
+            await self._store.heartbeat_router(self._name)
+            view = await self._store.view()
+        except EaselError:
+            await self._say(serving=False)
+            raise
+        self._replicas.keep_only(frozenset(row.address for row in view.replicas))
+        await self._say(serving=bool(view.replicas))
+
+    async def _say(self, *, serving: bool) -> None:
+        known = health_pb2.HealthCheckResponse
+        status = known.SERVING if serving else known.NOT_SERVING
+        for service in ("", *SERVICES):
+            await self._health.set(service, status)

@@ -1,0 +1,200 @@
+"""Trains the demo checkpoint on one CPU thread: `python -m models.train_tiny --out models/tiny`.
+
+Two phases of fixed wall time, each with a linearly decaying rate. Phase 2 works mostly on what phase 1 finds hard.
+A run is seeded; because phases are timed, two machines see the same examples but stop at different steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.export import load_checkpoint, save_checkpoint
+from models.muon import Muon
+from models.net import Shape, TrainingModel
+from models.packing import Pack, Packer, attention_masks, segment_tokens
+from models.renoise import next_canvases
+from models.tasks import TASKS, Example, draw_example
+
+SHORT_ROWS, SHORT_ROW_TOKENS = 16, 128
+LONG_ROWS, LONG_ROW_TOKENS = 4, 288
+WARM_UP_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training. Rates are the peaks; weights are relative task frequencies in the short rows."""
+
+    minutes: float
+    muon_rate: float
+    adam_rate: float
+    weights: dict[str, float]
+    final_rate_share: float
+    sampled_share: float
+
+
+class ExampleStream:
+    """Endless packs of random examples: short rows for most, long rows for the rest and for JSON orders."""
+
+    def __init__(self, seed: int, weights: dict[str, float]) -> None:
+        self._random = random.Random(seed)
+        self._weights = weights
+        self._packers = (
+            Packer(self._random, SHORT_ROWS, SHORT_ROW_TOKENS),
+            Packer(self._random, LONG_ROWS, LONG_ROW_TOKENS),
+        )
+        self._waiting: tuple[list[Example], list[Example]] = ([], [])
+
+    def _refill(self) -> None:
+        short, long = self._waiting
+        while len(short) < 4 * SHORT_ROWS:
+            task = self._random.choices(list(self._weights), list(self._weights.values()))[0]
+            example = draw_example(self._random, task)
+            (short if segment_tokens(example) <= SHORT_ROW_TOKENS else long).append(example)
+        while len(long) < 3 * LONG_ROWS:
+            long.append(draw_example(self._random, "json"))
+
+    def packs(self) -> Iterator[list[Pack]]:
+        while True:
+            self._refill()
+            random_share = self._random.uniform(0.30, 0.45)
+            filled = [
+                packer.pack(waiting, random_share)
+                for packer, waiting in zip(self._packers, self._waiting, strict=True)
+            ]
+            self._waiting = (filled[0][1], filled[1][1])
+            yield [pack for pack, _ in filled]
+
+
+class Trainer:
+    """Owns the model, its optimisers and the clock of a run."""
+
+    def __init__(self, model: TrainingModel, seed: int) -> None:
+        self.model = model
+        self._forward = torch.compile(model)
+        self._random = torch.Generator().manual_seed(seed)
+        named = list(model.named_parameters())
+        matrices = [p for name, p in named if p.ndim > 1 and "embed" not in name and "router" not in name]
+        others = [p for name, p in named if p.ndim == 1 or "embed" in name or "router" in name]
+        self._muon = Muon(matrices, lr=0.0)
+        self._adam = torch.optim.Adam(others, lr=0.0, betas=(0.9, 0.98), fused=True)
+
+    def step(self, packs: list[Pack], muon_rate: float, adam_rate: float, sampled_share: float) -> float:
+        """One update; returns the mean cross entropy per weighted canvas token, in nats."""
+        self._muon.param_groups[0]["lr"], self._adam.param_groups[0]["lr"] = muon_rate, adam_rate
+        total = sum(pack.weight.sum() for pack in packs)
+        loss_sum = 0.0
+        for pack in packs:
+            loss = self._loss(pack, sampled_share) / total
+            torch.autograd.backward(loss)
+            loss_sum += float(loss.detach())
+        for optimiser in (self._muon, self._adam):
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=False)
+        return loss_sum
+
+    def _loss(self, pack: Pack, sampled_share: float) -> Tensor:
+        masks = attention_masks(pack, self.model.shape.window_tokens)
+        noised, soft = self._self_condition(pack, masks, sampled_share)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self._forward(noised, pack.position, masks, pack.is_canvas, soft)
+        losses = F.cross_entropy(logits.flatten(0, 1), pack.clean.flatten(), reduction="none")
+        return (losses * pack.weight.flatten()).sum()
+
+    @torch.no_grad()
+    def _self_condition(
+        self, pack: Pack, masks: dict[str, Tensor], sampled_share: float
+    ) -> tuple[Tensor, Tensor]:
+        """A first pass over half of the rows gives their canvases self-conditioning.
+
+        A share of those canvases then moves on to what the sampler would show the model at its next step.
+        """
+        half = pack.noised.shape[0] // 2
+        zero = torch.zeros(*pack.noised.shape, self.model.shape.hidden)
+        with torch.autocast("cpu", torch.bfloat16):
+            first = {kind: mask[:half] for kind, mask in masks.items()}
+            is_canvas = pack.is_canvas[:half]
+            logits = self._forward(pack.noised[:half], pack.position[:half], first, is_canvas, zero[:half])
+        heat = 0.4 + 0.4 * torch.rand((half, 1, 1), generator=self._random)
+        cooled = logits.float() / heat
+        zero[:half] = self.model.soft_embeddings(cooled) * is_canvas[..., None]
+        noised = pack.noised.clone()
+        noised[:half] = next_canvases(pack.noised[:half], cooled, is_canvas, sampled_share, self._random)
+        return noised, zero
+
+
+def run_phase(trainer: Trainer, phase: Phase, seed: int, snapshots: Path | None) -> None:
+    """Trains for `phase.minutes`, prints progress every 100 steps, saves a snapshot every 5 minutes."""
+    stream = ExampleStream(seed, phase.weights).packs()
+    trainer.step(next(stream), 0.0, 0.0, phase.sampled_share)  # compiles before the clock starts
+    begin_s = last_s = time.monotonic()
+    shown_s, average, steps, tokens = begin_s, 0.0, 0, 0
+    while (elapsed_s := (last_s := time.monotonic()) - begin_s) < phase.minutes * 60:
+        done = elapsed_s / (phase.minutes * 60)
+        rate = min(1.0, (steps + 1) / WARM_UP_STEPS) * (1 - done * (1 - phase.final_rate_share))
+        packs = next(stream)
+        loss = trainer.step(packs, phase.muon_rate * rate, phase.adam_rate * rate, phase.sampled_share)
+        steps, tokens = steps + 1, tokens + sum(pack.clean.numel() for pack in packs)
+        average = loss if steps == 1 else average + 0.02 * (loss - average)
+        if steps % 100 == 0:
+            speed = tokens / elapsed_s
+            where = f"{elapsed_s / 60:5.1f} min  step {steps:6d}"
+            print(f"{where}  loss {average:.4f}  {speed:.0f} tokens/s", flush=True)
+        if snapshots is not None and last_s - shown_s > 300:
+            save_checkpoint(trainer.model, snapshots / f"snapshot-{elapsed_s / 60:.0f}")
+            shown_s = last_s
+
+
+PHASE_1_WEIGHTS = {"add": 2.0, "add_long": 2.0, "running_sum": 1.5, "sort_words": 1.5, "json": 0.0}
+PHASE_2_WEIGHTS = {"add": 4.0, "add_long": 3.0, "running_sum": 1.5, "sort_words": 2.0, "json": 0.0}
+
+
+def weights(changes: dict[str, float]) -> dict[str, float]:
+    return {task: changes.get(task, 1.0) for task in TASKS}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint to write")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes-1", type=float, default=25.0, help="first phase, wall time")
+    parser.add_argument("--minutes-2", type=float, default=15.0, help="second phase, wall time")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--init", type=Path, help="checkpoint folder to go on from")
+    parser.add_argument("--snapshots", type=Path, help="folder for a snapshot every 5 minutes")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(1)
+    torch.manual_seed(arguments.seed)
+    if arguments.init is None:
+        model = TrainingModel(Shape(experts=arguments.experts, layers=arguments.layers))
+    else:
+        model = load_checkpoint(arguments.init)
+    trainer = Trainer(model, arguments.seed)
+    phases = (
+        Phase(arguments.minutes_1, 0.02, 3e-3, weights(PHASE_1_WEIGHTS), 0.2, 0.3),
+        Phase(arguments.minutes_2, 0.014, 2e-3, weights(PHASE_2_WEIGHTS), 0.0, 0.5),
+    )
+    for number, phase in enumerate(phases, 1):
+        if phase.minutes > 0:
+            print(f"phase {number}: {phase.minutes} minutes", flush=True)
+            snapshots = arguments.snapshots and arguments.snapshots / f"phase-{number}"
+            run_phase(trainer, phase, arguments.seed + number, snapshots)
+            save_checkpoint(model, arguments.out)
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

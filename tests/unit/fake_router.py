@@ -1,0 +1,230 @@
+"""A small router for tests of the client and the command: real grpc.aio, real checks, answers by reversing text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
+
+from cluster.core import Canvas, Draft, FinishReason, ModelCard, ReplicaRow, SamplingParams, Usage
+from cluster.errors import EaselError, JobCancelled, JobNotFound, Unavailable
+from cluster.rpc import convert
+from cluster.rpc.easel.v1 import (
+    cluster_pb2,
+    cluster_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
+)
+from cluster.rpc.interceptors import EdgeInterceptor
+from cluster.rpc.options import server_options
+from cluster.rpc.requests import (
+    ParsedRequest,
+    check_from_canvas,
+    check_job_id,
+    parse_generate,
+    parse_list,
+    under,
+)
+
+CARD = ModelCard(
+    name="characters",
+    version="v1",
+    vocab_size=128,
+    canvas_tokens=8,
+    max_context_tokens=256,
+    bos_token_id=2,
+    pad_token_id=0,
+    eos_token_ids=(1,),
+    defaults=SamplingParams(0, 32, 48, 0.1, 0.4, 0.8, 0.005, 1),
+)
+MAX_REQUEST_BYTES = 64 * 1024
+USAGE = Usage(5, 6, 2, 7, 1, 0, 3, 40)
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Characters:
+    """One token a character, roles as separators; refuses two turns of the same role, like a strict template."""
+
+    def encode_messages(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        roles = [role for role, _ in messages]
+        if any(first == second for first, second in zip(roles, roles[1:], strict=False)):
+            raise ValueError("roles must alternate")
+        return [2, *(min(ord(character), 127) for _, content in messages for character in content)]
+
+
+class FakeRouter(
+    generation_pb2_grpc.GenerationServicer, jobs_pb2_grpc.JobsServicer, cluster_pb2_grpc.ClusterServicer
+):
+    """Reverses a text, in two canvases. Prompts that start with "!" choose a misbehaviour."""
+
+    def __init__(self) -> None:
+        self.parsed: dict[str, ParsedRequest] = {}
+        self.prompts: dict[str, str] = {}
+        self.cancelled: list[str] = []
+        self.calls: list[str] = []
+        self.unavailable_calls = 0
+        self.breaks_after: list[int] = []
+        self.left = asyncio.Event()
+
+    async def Generate(  # noqa: N802
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> generation_pb2.GenerateResponse:
+        parsed = await self._begin("Generate", request, request.text)
+        response = generation_pb2.GenerateResponse(
+            job_id=parsed.job_id, model=CARD.name, replica="r0", seed=parsed.spec.sampling.seed
+        )
+        await self._misbehave(request.text)
+        for canvas in canvases(request.text):
+            response.text += canvas.text
+            response.token_ids.extend(canvas.tokens)
+        response.finish_reason = convert.finish_reason_to_proto(FinishReason.EOS)
+        response.usage.CopyFrom(convert.usage_to_proto(USAGE))
+        return response
+
+    async def StreamGenerate(  # noqa: N802
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[generation_pb2.GenerateEvent]:
+        parsed = await self._begin("StreamGenerate", request, request.text)
+        sampling = parsed.spec.sampling
+        yield convert.accepted_event(parsed.job_id, 5, CARD.name, sampling.seed, joined=False)
+        await self._misbehave(request.text)
+        for event in _events(request.text, 0, drafts=request.drafts):
+            yield event
+
+    async def Submit(self, request: jobs_pb2.SubmitRequest, context: Context) -> jobs_pb2.Job:  # noqa: N802
+        with under("request"):
+            parsed = await self._begin("Submit", request.request, request.request.text)
+        return self._job(parsed.job_id)
+
+    async def Get(self, request: jobs_pb2.GetJobRequest, context: Context) -> jobs_pb2.Job:  # noqa: N802
+        job = self._job(check_job_id(request.job_id))
+        job.text = self.prompts[request.job_id][::-1]
+        return job
+
+    async def Watch(  # noqa: N802
+        self, request: jobs_pb2.WatchJobRequest, context: Context
+    ) -> AsyncIterator[generation_pb2.GenerateEvent]:
+        self.calls.append(f"Watch {request.from_canvas}")
+        start = check_from_canvas(request.from_canvas)
+        self._job(check_job_id(request.job_id))
+        yield convert.accepted_event(request.job_id, 5, CARD.name, 9, joined=True)
+        await self._misbehave(self.prompts[request.job_id])
+        for event in _events(self.prompts[request.job_id], start, drafts=request.drafts):
+            yield event
+            if event.HasField("committed") and event.committed.canvas_index in self.breaks_after:
+                self.breaks_after.remove(event.committed.canvas_index)
+                raise Unavailable("the router goes away")
+
+    async def Cancel(self, request: jobs_pb2.CancelJobRequest, context: Context) -> jobs_pb2.Job:  # noqa: N802
+        job = self._job(check_job_id(request.job_id))
+        self.cancelled.append(request.job_id)
+        job.state = jobs_pb2.JOB_STATE_CANCELLED
+        return job
+
+    async def List(  # noqa: N802
+        self, request: jobs_pb2.ListJobsRequest, context: Context
+    ) -> jobs_pb2.ListJobsResponse:
+        parse_list(request)
+        ids = sorted(self.parsed)
+        start = int(request.page_token or 0)
+        page = ids[start : start + 2]
+        more = str(start + 2) if start + 2 < len(ids) else ""
+        return jobs_pb2.ListJobsResponse(jobs=[self._job(job_id) for job_id in page], next_page_token=more)
+
+    async def GetStatus(  # noqa: N802
+        self, request: cluster_pb2.GetStatusRequest, context: Context
+    ) -> cluster_pb2.ClusterStatus:
+        row = ReplicaRow("r0", "127.0.0.1:1", CARD.name, "v1", 8, 3, 4000, {"denoising_steps": 12.0})
+        return cluster_pb2.ClusterStatus(
+            replicas=[convert.replica_to_proto(row)],
+            slots=8,
+            active=3,
+            queued=1,
+            queue_limit=1000,
+            routers=["router-0"],
+            version="0.1.0",
+        )
+
+    async def _begin(self, call: str, request: generation_pb2.GenerateRequest, prompt: str) -> ParsedRequest:
+        self.calls.append(call)
+        if self.unavailable_calls:
+            self.unavailable_calls -= 1
+            raise Unavailable("the router starts", retry_after_ms=1)
+        parsed = parse_generate(
+            request, CARD, Characters(), deadline_ms=None, new_id=lambda: "made", new_seed=lambda: 9
+        )
+        self.parsed[parsed.job_id] = parsed
+        self.prompts[parsed.job_id] = prompt
+        return parsed
+
+    async def _misbehave(self, prompt: str) -> None:
+        if prompt == "!bug":
+            raise ZeroDivisionError("a bug with a secret")
+        if prompt == "!cancelled":
+            raise JobCancelled("job x was cancelled")
+        if prompt == "!full":
+            raise EaselError("a plain error", retry_after_ms=250)
+        if prompt == "!hang":
+            try:
+                await asyncio.sleep(60)
+            finally:
+                self.left.set()
+
+    def _job(self, job_id: str) -> jobs_pb2.Job:
+        if job_id not in self.parsed:
+            raise JobNotFound(f"no job has the id {job_id!r}")
+        return jobs_pb2.Job(
+            job_id=job_id,
+            state=jobs_pb2.JOB_STATE_SUCCEEDED,
+            priority=generation_pb2.PRIORITY_NORMAL,
+            finish_reason=generation_pb2.FINISH_REASON_EOS,
+            usage=convert.usage_to_proto(USAGE),
+            replica="r0",
+            seed=self.parsed[job_id].spec.sampling.seed,
+            created_at=convert.timestamp_to_proto(1_700_000_000_123),
+        )
+
+
+def canvases(prompt: str) -> list[Canvas]:
+    """The reversed prompt in two canvases."""
+    text = prompt[::-1]
+    parts = (text[: len(text) // 2], text[len(text) // 2 :])
+    return [
+        Canvas(index, (65,) * 8, tuple(ord(c) for c in part), part, 3 + index, 0.25)
+        for index, part in enumerate(parts)
+    ]
+
+
+def _events(prompt: str, start: int, *, drafts: bool) -> list[generation_pb2.GenerateEvent]:
+    events = []
+    for canvas in canvases(prompt)[start:]:
+        if drafts:
+            events.append(convert.draft_event(Draft(canvas.index, 1, "?" * 8, 1.5, 4), "r0"))
+        events.append(convert.committed_event(canvas))
+    return [*events, convert.finished_event(FinishReason.EOS, USAGE, "r0")]
+
+
+@asynccontextmanager
+async def serve(router: FakeRouter) -> AsyncIterator[str]:
+    """Serve a router on a free port of this machine; yields its address."""
+    server = grpc.aio.server(
+        interceptors=(EdgeInterceptor(max_request_bytes=MAX_REQUEST_BYTES),),
+        options=server_options(MAX_REQUEST_BYTES),
+    )
+    generation_pb2_grpc.add_GenerationServicer_to_server(router, server)
+    jobs_pb2_grpc.add_JobsServicer_to_server(router, server)
+    cluster_pb2_grpc.add_ClusterServicer_to_server(router, server)
+    add_HealthServicer_to_server(health_aio.HealthServicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)

@@ -1,0 +1,285 @@
+"""The client against a real gRPC server in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from cluster.client import Accepted, Committed, Draft, EaselClient, Event, Finished, backoff_s
+from cluster.core import FinishReason, Priority
+from cluster.errors import (
+    DeadlineExceeded,
+    EaselError,
+    InvalidRequest,
+    JobCancelled,
+    JobNotFound,
+    Unavailable,
+)
+from cluster.rpc.results import assemble
+from tests.unit.fake_router import MAX_REQUEST_BYTES, USAGE, FakeRouter, serve
+
+
+@pytest_asyncio.fixture
+async def router() -> FakeRouter:
+    return FakeRouter()
+
+
+@pytest_asyncio.fixture
+async def client(router: FakeRouter) -> AsyncIterator[EaselClient]:
+    async with serve(router) as address, EaselClient(address) as opened:
+        yield opened
+
+
+async def read(events: AsyncIterator[Event]) -> list[Event]:
+    return [event async for event in events]
+
+
+async def test_generate_returns_the_whole_answer(client: EaselClient) -> None:
+    answer = await client.generate("hello", seed=7)
+    assert (answer.text, answer.seed, answer.replica, answer.model) == ("olleh", 7, "r0", "characters")
+    assert answer.finish_reason is FinishReason.EOS
+    assert answer.usage == USAGE
+    assert answer.token_ids == tuple(ord(c) for c in "olleh")
+
+
+async def test_a_stream_has_accepted_drafts_canvases_and_finished_in_order(client: EaselClient) -> None:
+    events = await read(client.stream("hello", drafts=True))
+    assert [type(e) for e in events] == [Accepted, Draft, Committed, Draft, Committed, Finished]
+    assert assemble(events).text == "olleh"
+
+
+async def test_a_stream_without_drafts_has_none(client: EaselClient) -> None:
+    assert not [e for e in await read(client.stream("hello")) if isinstance(e, Draft)]
+
+
+async def test_a_conversation_and_token_ids_are_prompts_too(client: EaselClient, router: FakeRouter) -> None:
+    await client.generate([("system", "a"), {"role": "user", "content": "b"}], request_id="chat")
+    await client.generate(tokens=[65, 66], request_id="tokens")
+    assert router.parsed["chat"].spec.prompt_tokens == (2, 97, 98)
+    assert router.parsed["tokens"].spec.prompt_tokens == (65, 66)
+
+
+async def test_every_option_reaches_the_router(client: EaselClient, router: FakeRouter) -> None:
+    await client.generate(
+        "x",
+        request_id="all",
+        seed=2**64 - 1,
+        max_new_tokens=9,
+        max_denoising_steps=5,
+        entropy_bound=0.5,
+        t_min=0.1,
+        t_max=0.2,
+        confidence_threshold=0.3,
+        stability_threshold=4,
+        stop=["end"],
+        priority=Priority.HIGH,
+        tenant="shop",
+        timeout_s=2.5,
+    )
+    parsed = router.parsed["all"]
+    sampling = parsed.spec.sampling
+    assert (sampling.seed, sampling.max_new_tokens, sampling.max_denoising_steps) == (2**64 - 1, 9, 5)
+    assert (sampling.entropy_bound, sampling.t_min, sampling.t_max) == (0.5, 0.1, 0.2)
+    assert (sampling.confidence_threshold, sampling.stability_threshold) == (0.3, 4)
+    assert (parsed.spec.stop, parsed.spec.priority, parsed.spec.tenant) == (("end",), Priority.HIGH, "shop")
+    assert parsed.timeout_ms == 2500
+
+
+async def test_an_unknown_option_is_named(client: EaselClient) -> None:
+    with pytest.raises(TypeError, match="unknown option 'temperature'"):
+        await client.generate("x", temperature=1.0)  # type: ignore[call-arg]  # the point of the test
+
+
+async def test_a_bad_request_names_all_its_fields(client: EaselClient) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await client.generate("", max_new_tokens=0, t_min=float("nan"))
+    fields = [violation.field for violation in caught.value.violations]
+    assert fields == ["text", "sampling.t_min", "sampling.max_new_tokens"]
+
+
+async def test_submit_names_fields_below_request(client: EaselClient) -> None:
+    with pytest.raises(InvalidRequest, match=r"request\.tenant: is 129 characters long"):
+        await client.submit("x", tenant="t" * 129)
+
+
+async def test_numbers_that_the_wire_cannot_carry_are_refused_by_name(client: EaselClient) -> None:
+    with pytest.raises(InvalidRequest, match=r"sampling\.max_new_tokens: is 10000000000; out of"):
+        await client.generate("x", max_new_tokens=10**10)
+    with pytest.raises(InvalidRequest, match=r"text: is .*; text must be valid Unicode"):
+        await client.generate("\ud800")
+    with pytest.raises(InvalidRequest, match=r"messages\[0\]\.role: is 'tool'; allowed are system"):
+        await client.generate([("tool", "x")])
+
+
+async def test_a_request_that_is_too_large_is_an_invalid_request(client: EaselClient) -> None:
+    with pytest.raises(InvalidRequest, match=f"request: is .* bytes; at most {MAX_REQUEST_BYTES} bytes"):
+        await client.generate("x" * 10_000_000)
+
+
+async def test_a_request_above_the_hard_limit_is_an_invalid_request_too(client: EaselClient) -> None:
+    with pytest.raises(InvalidRequest, match="request: is too large for the server"):
+        await client.generate("x" * 20_000_000)
+
+
+async def test_a_bug_in_a_handler_shows_an_id_and_no_secret(
+    client: EaselClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR), pytest.raises(EaselError, match="an unexpected error") as caught:
+        await client.generate("!bug")
+    assert "secret" not in str(caught.value)
+    records = [record for record in caplog.records if record.name == "cluster.rpc.interceptors"]
+    assert len(records) == 1
+    assert records[0].exc_info is not None
+    error_id = str(caught.value).split("error, ")[1].split()[0]
+    assert error_id in records[0].getMessage()
+
+
+async def test_an_error_in_the_middle_of_a_stream_keeps_its_type(client: EaselClient) -> None:
+    with pytest.raises(JobCancelled, match="job x was cancelled"):
+        await read(client.stream("!cancelled"))
+
+
+async def test_retry_after_comes_through(client: EaselClient) -> None:
+    with pytest.raises(EaselError, match="a plain error") as caught:
+        await client.generate("!full")
+    assert caught.value.retry_after_ms == 250
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_an_unavailable_router_is_tried_again_with_the_same_id(
+    client: EaselClient, router: FakeRouter, streamed: bool
+) -> None:
+    router.unavailable_calls = 3
+    answer = assemble(await read(client.stream("ab"))) if streamed else await client.generate("ab")
+    assert answer.text == "ba"
+    assert len(router.calls) == 4
+    assert list(router.parsed) == [answer.job_id]
+
+
+async def test_retries_end(client: EaselClient, router: FakeRouter) -> None:
+    router.unavailable_calls = 100
+    with pytest.raises(Unavailable, match="the router starts"):
+        await client.generate("ab")
+    assert len(router.calls) == 4
+
+
+async def test_an_invalid_request_is_not_repeated(client: EaselClient, router: FakeRouter) -> None:
+    with pytest.raises(InvalidRequest):
+        await client.generate(" ")
+    assert len(router.calls) == 1
+
+
+async def test_a_watch_that_breaks_goes_on_after_the_last_canvas(
+    client: EaselClient, router: FakeRouter
+) -> None:
+    job = await client.submit("hello")
+    router.breaks_after = [0]
+    events = await read(client.watch(job.job_id))
+    assert [e.canvas_index for e in events if isinstance(e, Committed)] == [0, 1]
+    assert sum(isinstance(e, Accepted) for e in events) == 1
+    assert router.calls == ["Submit", "Watch 0", "Watch 1"]
+
+
+async def test_a_watch_starts_where_it_is_told(client: EaselClient) -> None:
+    job = await client.submit("hello")
+    events = await read(client.watch(job.job_id, from_canvas=1, drafts=True))
+    assert [e.canvas_index for e in events if isinstance(e, Committed | Draft)] == [1, 1]
+    with pytest.raises(InvalidRequest, match="from_canvas: is -1"):
+        await read(client.watch(job.job_id, from_canvas=-1))
+
+
+async def test_leaving_a_stream_ends_the_call(client: EaselClient, router: FakeRouter) -> None:
+    async with aclosing(client.stream("!hang")) as events:
+        async for event in events:
+            assert isinstance(event, Accepted)
+            break
+    await asyncio.wait_for(router.left.wait(), 5)
+
+
+async def test_cancelling_a_task_ends_its_call(client: EaselClient, router: FakeRouter) -> None:
+    task = asyncio.create_task(client.generate("!hang"))
+    while not router.calls:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.wait_for(router.left.wait(), 5)
+
+
+async def test_a_hanging_router_meets_the_deadline(client: EaselClient) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await client.generate("!hang", timeout_s=0.05)
+
+
+async def test_get_cancel_and_jobs_return_views(client: EaselClient, router: FakeRouter) -> None:
+    for name in ("a", "b", "c"):
+        await client.submit("hello", request_id=name)
+    view = await client.get("a")
+    assert (view.state, view.text, view.finish_reason) == ("succeeded", "olleh", FinishReason.EOS)
+    assert view.created_at.timestamp() == pytest.approx(1_700_000_000.123)
+    assert view.finished_at is None
+    assert view.problem is None
+    assert (await client.cancel("b")).state == "cancelled"
+    assert [job.job_id async for job in client.jobs()] == ["a", "b", "c"]
+    with pytest.raises(JobNotFound, match="'nope'"):
+        await client.get("nope")
+
+
+async def test_status_shows_replicas_and_the_queue(client: EaselClient) -> None:
+    view = await client.status()
+    assert (view.slots, view.active, view.queued, view.queue_limit) == (8, 3, 1, 1000)
+    assert view.replicas[0].stats == {"denoising_steps": 12.0}
+
+
+async def test_wait_ready_returns_when_the_health_service_says_so(client: EaselClient) -> None:
+    await client.wait_ready(5)
+
+
+async def test_nobody_at_the_address_is_said_plainly() -> None:
+    async with EaselClient("127.0.0.1:1", retries=1) as client:
+        with pytest.raises(Unavailable, match=r"^no cluster answers at 127\.0\.0\.1:1$"):
+            await client.generate("x")
+        with pytest.raises(
+            Unavailable, match=r"127\.0\.0\.1:1 is not ready after 0\.2 s: no cluster answers"
+        ):
+            await client.wait_ready(0.2)
+
+
+def test_back_off_grows_and_follows_the_server() -> None:
+    assert [backoff_s(attempt, None, 0.0) for attempt in range(3)] == [0.05, 0.1, 0.2]
+    assert backoff_s(0, None, 1.0) == pytest.approx(0.1)
+    assert backoff_s(20, None, 0.0) == 2.5
+    assert backoff_s(0, 400, 0.0) == 0.4
+
+
+@pytest.mark.parametrize(
+    ("data", "field", "text"),
+    [
+        (b"\x12\x03a\xff\xfe", "text", "is not UTF-8: byte 0xff at offset 1"),
+        (b"\x1a\x07\x08\x02\x12\x03a\xc3\x28", "messages[0].content", "byte 0xc3 at offset 1"),
+        (b"\x12\x30abc", "request", "cannot be parsed as easel.v1.GenerateRequest"),
+    ],
+)
+async def test_bytes_that_are_no_request_are_an_invalid_argument(
+    router: FakeRouter, data: bytes, field: str, text: str
+) -> None:
+    from cluster.rpc.status import error_from_rpc
+
+    async with serve(router) as address, grpc.aio.insecure_channel(address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary("/easel.v1.Generation/Generate")(data)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        error = error_from_rpc(caught.value)
+        assert isinstance(error, InvalidRequest)
+        assert [violation.field for violation in error.violations] == [field]
+        assert text in error.violations[0].description
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in channel.unary_stream("/easel.v1.Generation/StreamGenerate")(data):
+                pass
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
