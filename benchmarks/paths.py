@@ -145,8 +145,11 @@ def main() -> None:
         alone_ms, per_s = asyncio.run(_measure(router.port.remote().result(timeout_s=30), path))
         killed_ms = router.kill_seen_after_ms.remote(path).result(timeout_s=30)
         figures[path] = (alone_ms, per_s, killed_ms)
-        print(f"{path:<7} p50 alone {alone_ms:6.2f} ms   {per_s:6.0f} streams/s at {AT_ONCE}"
-              f"   SIGKILL seen after {killed_ms:5.1f} ms", flush=True)
+        print(
+            f"{path:<7} p50 alone {alone_ms:6.2f} ms   {per_s:6.0f} streams/s at {AT_ONCE}"
+            f"   SIGKILL seen after {killed_ms:5.1f} ms",
+            flush=True,
+        )
         serve.delete("paths")
     serve.shutdown()
     ray.shutdown()

@@ -6,7 +6,8 @@
 
 Errors are those of cluster.errors. A call that could not reach the cluster is repeated a few times before
 anything of its answer was seen; requests carry an id, so that a repeated one joins its job instead of
-starting another."""
+starting another.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +67,8 @@ READY_LOOK_S = 0.1
 # The router ends a job at its timeout and says so; the call waits this much longer to hear it.
 DEADLINE_SLACK_S = 1.0
 MAX_CALL_S = 24 * 3600.0
+# How grpc begins when it found no server, against "Connection reset by peer" and the like from one that went away.
+_NOBODY_THERE = ("failed to connect", "DNS resolution failed", "errors resolving")
 
 Sent = TypeVar("Sent")
 Received = TypeVar("Received")
@@ -79,7 +82,8 @@ class EaselClient:
 
     `timeout_s` bounds every job that does not name its own; `rpc_timeout_s` bounds the calls that do not wait
     for a job. `retries` is how often a call that found the cluster unavailable is repeated. Close it, or use
-    it as an async context manager."""
+    it as an async context manager.
+    """
 
     def __init__(
         self,
@@ -176,13 +180,12 @@ class EaselClient:
         request = jobs_pb2.CancelJobRequest(job_id=job_id)
         return job_from_proto(await self._unary(self._jobs.Cancel, request, self._rpc_timeout_s))
 
-    def watch(
-        self, job_id: str, from_canvas: int = 0, *, drafts: bool = False
-    ) -> AsyncGenerator[Event, None]:
+    def watch(self, job_id: str, from_canvas: int = 0, *, drafts: bool = False) -> AsyncGenerator[Event, None]:
         """A job's events from a canvas on, those already committed first; closing it leaves the job alone.
 
         A connection that breaks is taken up again after the last canvas seen, so every canvas comes once.
-        Raises the job's own error when it failed or was cancelled, or another EaselError."""
+        Raises the job's own error when it failed or was cancelled, or another EaselError.
+        """
         jobs = self._jobs
 
         def open_stream(next_canvas: int) -> WatchCall:
@@ -288,9 +291,7 @@ class EaselClient:
     def _failure(self, error: grpc.aio.AioRpcError) -> EaselError:
         failure = error_from_rpc(error)
         cause = str(failure)
-        if isinstance(failure, Unavailable) and cause.startswith(
-            ("failed to connect", "DNS resolution failed")
-        ):
+        if isinstance(failure, Unavailable) and cause.startswith(_NOBODY_THERE):
             return Unavailable(f"no cluster answers at {self._target}")
         return failure
 

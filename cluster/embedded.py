@@ -181,9 +181,7 @@ def _start_warden(home: Path, settings: Settings, own_redis: bool, report: Repor
             raise
 
 
-def _until_ready(
-    warden: subprocess.Popen[bytes], lines: IO[str], log_dir: Path, report: Report
-) -> LocalCluster:
+def _until_ready(warden: subprocess.Popen[bytes], lines: IO[str], log_dir: Path, report: Report) -> LocalCluster:
     """Pass the warden's reports on until it is ready. The warden bounds its own start by START_TIMEOUT_S."""
     for line in lines:
         message: dict[str, Any] = json.loads(line)
@@ -284,4 +282,3 @@ def _only_one(home: Path) -> Iterator[None]:
         except BlockingIOError:
             raise StartupError("another `easel up` is starting a cluster here; wait for it to finish") from None
         yield
-

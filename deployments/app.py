@@ -52,19 +52,18 @@ def make_engine(settings: Settings) -> Engine:
 class DenoiserDeployment:
     """A Denoiser replica under Serve: placed, health-checked, restarted and drained by it."""
 
-    async def __init__(self, values: Mapping[str, Any]) -> None:
+    async def __init__(self, values: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = parse_settings(values)
         _log_to(settings)
         loop = asyncio.get_running_loop()
         # Loading takes up to minutes for a large model; Serve's own calls must be answered meanwhile.
         engine = await loop.run_in_executor(None, make_engine, settings)
-        host = settings.denoiser.host
         self._replica = Replica(
             settings,
             engine,
             Tokenizer(Path(settings.checkpoint)).decode,
             name=_own_name("denoiser"),
-            advertised_host=ray.util.get_node_ip_address() if host == "0.0.0.0" else host,  # noqa: S104
+            advertised_host=_reachable(settings.denoiser.host),
         )
         await self._replica.start()
 
@@ -79,7 +78,9 @@ class DenoiserDeployment:
 class RouterDeployment:
     """A Router replica under Serve. It takes no calls from Serve: its own gRPC server does."""
 
-    async def __init__(self, values: Mapping[str, Any], denoisers: DeploymentHandle[Any]) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, values: Mapping[str, Any], denoisers: DeploymentHandle[Any]
+    ) -> None:
         # The handle only tells Serve that both deployments are one application; jobs go over gRPC.
         del denoisers
         settings = parse_settings(values)
@@ -95,7 +96,7 @@ def build(values: Mapping[str, Any]) -> serve.Application:
     """The Serve application for a mapping of settings (see cluster/config.py). Raises ConfigError."""
     settings = parse_settings(values)
     plain = settings.model_dump(mode="json")
-    denoiser = serve.deployment(
+    denoiser: serve.Deployment = serve.deployment(  # type: ignore[assignment]  # its overloads miss this form
         DenoiserDeployment,
         name="Denoiser",
         num_replicas=settings.denoiser.replicas,
@@ -104,7 +105,7 @@ def build(values: Mapping[str, Any]) -> serve.Application:
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=2 * settings.denoiser.drain_timeout_s + CLOSE_SLACK_S,
     )
-    router = serve.deployment(
+    router: serve.Deployment = serve.deployment(  # type: ignore[assignment]
         RouterDeployment,
         name="Router",
         num_replicas=settings.router.replicas,
@@ -120,12 +121,17 @@ def _actor_options(denoiser: DenoiserSettings) -> dict[str, float]:
     return {"num_cpus": denoiser.num_cpus, "num_gpus": denoiser.num_gpus}
 
 
+def _reachable(host: str) -> str:
+    """The address that others dial for a server bound to `host`: this node's own where it is bound to all."""
+    if host == "0.0.0.0":  # noqa: S104
+        return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no type for it
+    return host
+
+
 def _own_name(role: str) -> str:
     """A name for this process that no later one gets: Serve's id of the replica."""
     return f"{role}-{serve.get_replica_context().replica_id.unique_id}"
 
 
 def _log_to(settings: Settings) -> None:
-    logging.basicConfig(
-        level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=False
-    )
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=False)

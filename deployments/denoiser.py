@@ -6,12 +6,11 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
-from cluster.core import Canvas, JobSpec
+from cluster.core import Canvas, FinishReason
 from cluster.errors import EaselError, EngineError, JobCancelled, StaleEpoch, TransitionError, Unavailable
 from cluster.jobs.records import AssignedJob, JobFailure
 from cluster.jobs.store import JobStore
@@ -19,6 +18,7 @@ from cluster.rpc import convert
 from cluster.rpc.easel.internal.v1 import denoiser_pb2 as pb
 from cluster.rpc.easel.internal.v1 import denoiser_pb2_grpc as pb_grpc
 from deployments.answer import Answer
+from deployments.attempt import Attempt
 from deployments.engine.api import Commit, Engine, EngineJob, Progress, StepReport
 from deployments.step_loop import StepLoop
 
@@ -28,35 +28,18 @@ COMMIT_PATIENCE_S = 5.0
 COMMIT_RETRY_S = 0.1
 
 
-@dataclass(eq=False)
-class Run:
-    """One assignment of one job on this replica. `key` is the engine's id of it: an epoch never comes twice."""
-
-    spec: JobSpec
-    epoch: int
-    answer: Answer
-    wants_drafts: bool
-    events: asyncio.Queue[Progress | Commit | EaselError] = field(default_factory=asyncio.Queue)
-
-    @property
-    def key(self) -> str:
-        return f"{self.spec.job_id}#{self.epoch}"
-
-
 class Denoiser(pb_grpc.DenoiserServicer):
     """The internal gRPC service of a replica, and the owner of its engine and step loop.
 
     Invariant: a canvas leaves this class only after Redis holds it under this run's epoch.
     """
 
-    def __init__(
-        self, engine: Engine, store: JobStore, decode: Callable[[Sequence[int]], str], *, name: str
-    ) -> None:
+    def __init__(self, engine: Engine, store: JobStore, decode: Callable[[Sequence[int]], str], *, name: str) -> None:
         self.name = name
         self._engine = engine
         self._store = store
         self._decode = decode
-        self._runs: dict[str, Run] = {}
+        self._attempts: dict[str, Attempt] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._steps = StepLoop(engine, on_report=self._from_thread, on_failure=self._failed_in_thread)
@@ -69,8 +52,8 @@ class Denoiser(pb_grpc.DenoiserServicer):
 
     async def close(self, timeout_s: float) -> None:
         """Stop every run, let the last writes out, and end the engine; at most about twice `timeout_s`."""
-        for run in list(self._runs.values()):
-            run.events.put_nowait(Unavailable("the replica is shutting down", retry_after_ms=1000))
+        for attempt in list(self._attempts.values()):
+            attempt.events.put_nowait(Unavailable("the replica is shutting down", retry_after_ms=1000))
         if self._endings:
             await asyncio.wait(self._endings, timeout=timeout_s)
         await self._loop.run_in_executor(None, self._steps.close, timeout_s)
@@ -83,36 +66,36 @@ class Denoiser(pb_grpc.DenoiserServicer):
         """Stop runs, out of those `known` when the heartbeat left, that Redis no longer assigns to this replica."""
         wanted = {f"{job.job_id}#{job.epoch}" for job in assigned}
         for key in known - wanted:
-            run = self._runs.get(key)
-            if run is not None:
-                run.events.put_nowait(StaleEpoch(f"job {run.spec.job_id} is no longer assigned to {self.name}"))
+            attempt = self._attempts.get(key)
+            if attempt is not None:
+                attempt.events.put_nowait(StaleEpoch(f"job {attempt.spec.job_id} is no longer assigned to {self.name}"))
 
     def running(self) -> frozenset[str]:
         """Keys of the runs at this moment, for `reconcile`."""
-        return frozenset(self._runs)
+        return frozenset(self._attempts)
 
     async def Run(  # noqa: N802 - named by the proto
         self, request: pb.RunRequest, context: grpc.aio.ServicerContext[pb.RunRequest, pb.RunEvent]
     ) -> AsyncIterator[pb.RunEvent]:
         """Denoise an assigned job; see denoiser.proto."""
-        run, committed = await self._begin(request)
+        attempt, committed = await self._begin(request)
         try:
-            async with aclosing(self._denoise(run, committed)) as events:
+            async with aclosing(self._denoise(attempt, committed)) as events:
                 async for event in events:
                     yield event
         except (JobCancelled, StaleEpoch, TransitionError):
             raise  # Redis has moved on already: there is nothing to write
         except EaselError as error:
-            self._write_ending(run, _failure(error))
+            self._write_ending(attempt, _failure(error))
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            self._write_ending(run, _left_by_caller(context))
+            self._write_ending(attempt, _left_by_caller(context))
             raise
         finally:
-            self._runs.pop(run.key, None)
-            self._steps.stop(run.key)
+            self._attempts.pop(attempt.key, None)
+            self._steps.stop(attempt.key)
 
-    async def _begin(self, request: pb.RunRequest) -> tuple[Run, list[Canvas]]:
+    async def _begin(self, request: pb.RunRequest) -> tuple[Attempt, list[Canvas]]:
         spec = convert.job_spec_from_proto(request.spec)
         card = self._engine.card
         answer = Answer(
@@ -125,52 +108,52 @@ class Denoiser(pb_grpc.DenoiserServicer):
         if request.committed_canvases:
             stored = await self._store.canvases(spec.job_id)
             committed = [convert.canvas_from_proto(pb.CommittedCanvas.FromString(item)) for item in stored]
-        run = Run(spec, request.epoch, answer, request.drafts)
-        self._runs[run.key] = run
-        return run, committed
+        attempt = Attempt(spec, request.epoch, answer, request.drafts)
+        self._attempts[attempt.key] = attempt
+        return attempt, committed
 
-    async def _denoise(self, run: Run, committed: list[Canvas]) -> AsyncGenerator[pb.RunEvent, None]:
+    async def _denoise(self, attempt: Attempt, committed: list[Canvas]) -> AsyncGenerator[pb.RunEvent, None]:
         for canvas in committed:
-            finish = run.answer.add(canvas.raw_tokens).finish
+            finish = attempt.answer.add(canvas.raw_tokens).finish
             if finish is not None:  # the attempt before this one died between its last commit and its finish
-                await self._store.finish(run.spec.job_id, run.epoch, finish)
+                await self._store.finish(attempt.spec.job_id, attempt.epoch, finish)
                 yield pb.RunEvent(finished=pb.FinishedJob(finish_reason=finish.value))
                 return
-        self._start_engine(run, committed)
+        self._start_engine(attempt, committed)
         while True:
-            item = await run.events.get()
+            item = await attempt.events.get()
             if isinstance(item, EaselError):
                 raise item
             if isinstance(item, Progress):
                 yield pb.RunEvent(draft=self._draft(item))
                 continue
-            canvas, finish = await self._commit(run, item)
+            canvas, ending = await self._commit(attempt, item)
             yield pb.RunEvent(committed=convert.canvas_to_proto(canvas))
-            if finish is not None:
-                yield pb.RunEvent(finished=pb.FinishedJob(finish_reason=finish))
+            if ending is not None:
+                yield pb.RunEvent(finished=pb.FinishedJob(finish_reason=ending.value))
                 return
 
-    def _start_engine(self, run: Run, committed: list[Canvas]) -> None:
+    def _start_engine(self, attempt: Attempt, committed: list[Canvas]) -> None:
         job = EngineJob(
-            job_id=run.key,
-            prompt_tokens=run.spec.prompt_tokens,
-            sampling=run.spec.sampling,
+            job_id=attempt.key,
+            prompt_tokens=attempt.spec.prompt_tokens,
+            sampling=attempt.spec.sampling,
             committed=tuple(canvas.raw_tokens for canvas in committed),
-            wants_drafts=run.wants_drafts,
+            wants_drafts=attempt.wants_drafts,
         )
         future = asyncio.wrap_future(self._steps.start(job))
-        future.add_done_callback(lambda done: self._started(run, done))
+        future.add_done_callback(lambda done: self._started(attempt, done))
 
     @staticmethod
-    def _started(run: Run, done: asyncio.Future[None]) -> None:
+    def _started(attempt: Attempt, done: asyncio.Future[None]) -> None:
         error = None if done.cancelled() else done.exception()
         if isinstance(error, EaselError):
-            run.events.put_nowait(error)
+            attempt.events.put_nowait(error)
         elif error is not None:
-            run.events.put_nowait(EngineError(f"the engine refused job {run.spec.job_id}: {error}"))
+            attempt.events.put_nowait(EngineError(f"the engine refused job {attempt.spec.job_id}: {error}"))
 
-    async def _commit(self, run: Run, commit: Commit) -> tuple[Canvas, str | None]:
-        piece = run.answer.add(commit.tokens)
+    async def _commit(self, attempt: Attempt, commit: Commit) -> tuple[Canvas, FinishReason | None]:
+        piece = attempt.answer.add(commit.tokens)
         canvas = Canvas(
             index=commit.canvas_index,
             raw_tokens=commit.tokens,
@@ -180,13 +163,13 @@ class Denoiser(pb_grpc.DenoiserServicer):
             mean_entropy=commit.mean_entropy,
         )
         if commit.last and piece.finish is None:
-            raise EngineError(f"the engine ended job {run.spec.job_id} before its answer was whole")
+            raise EngineError(f"the engine ended job {attempt.spec.job_id} before its answer was whole")
         data = convert.canvas_to_proto(canvas).SerializeToString()
 
         async def write() -> None:
             await self._store.commit(
-                run.spec.job_id,
-                run.epoch,
+                attempt.spec.job_id,
+                attempt.epoch,
                 canvas.index,
                 data,
                 tokens=len(canvas.tokens),
@@ -195,7 +178,7 @@ class Denoiser(pb_grpc.DenoiserServicer):
             )
 
         await _persist(write)
-        return canvas, piece.finish.value if piece.finish else None
+        return canvas, piece.finish
 
     def _draft(self, progress: Progress) -> pb.DraftCanvas:
         ends = self._engine.card.eos_token_ids
@@ -214,40 +197,40 @@ class Denoiser(pb_grpc.DenoiserServicer):
 
     def _deliver(self, report: StepReport) -> None:
         for progress in report.progress:
-            run = self._runs.get(progress.job_id)
-            if run is not None and run.wants_drafts:
-                run.events.put_nowait(progress)
+            attempt = self._attempts.get(progress.job_id)
+            if attempt is not None and attempt.wants_drafts:
+                attempt.events.put_nowait(progress)
         for commit in report.commits:
-            run = self._runs.get(commit.job_id)
-            if run is not None:
-                run.events.put_nowait(commit)
+            attempt = self._attempts.get(commit.job_id)
+            if attempt is not None:
+                attempt.events.put_nowait(commit)
 
     def _failed_in_thread(self, failure: EngineError) -> None:
         self._loop.call_soon_threadsafe(self._fail_all, failure)
 
     def _fail_all(self, failure: EngineError) -> None:
         logger.error("replica %s: %s", self.name, failure, exc_info=failure.__cause__)
-        for run in self._runs.values():
-            run.events.put_nowait(failure)
+        for attempt in self._attempts.values():
+            attempt.events.put_nowait(failure)
 
     def _end(self, job_id: str, error: EaselError) -> None:
-        for run in self._runs.values():
-            if run.spec.job_id == job_id:
-                run.events.put_nowait(error)
+        for attempt in self._attempts.values():
+            if attempt.spec.job_id == job_id:
+                attempt.events.put_nowait(error)
 
-    def _write_ending(self, run: Run, failure: JobFailure) -> None:
+    def _write_ending(self, attempt: Attempt, failure: JobFailure) -> None:
         """Write why a run ended, beside the stream: it may be cancelled at any await, and the slot must be freed."""
-        task = self._loop.create_task(self._fail(run, failure))
+        task = self._loop.create_task(self._fail(attempt, failure))
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
 
-    async def _fail(self, run: Run, failure: JobFailure) -> None:
+    async def _fail(self, attempt: Attempt, failure: JobFailure) -> None:
         try:
-            await _persist(lambda: self._store.fail(run.spec.job_id, failure, epoch=run.epoch))
+            await _persist(lambda: self._store.fail(attempt.spec.job_id, failure, epoch=attempt.epoch))
         except TransitionError:
             pass  # the router wrote the ending first
         except EaselError as error:
-            logger.warning("job %s: its failure could not be written: %s", run.spec.job_id, error)
+            logger.warning("job %s: its failure could not be written: %s", attempt.spec.job_id, error)
 
 
 async def _persist(write: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -57,15 +57,15 @@ class JobService(jobs_grpc.JobsServicer):
             record.job_id, record.prompt_tokens, self._intake.card.name, record.seed, joined=True
         )
         feed = self._supervisor.feed(request.job_id)
-        events = self._intake.events(
-            request.job_id, feed, from_canvas=request.from_canvas, drafts=request.drafts
-        )
+        events = self._intake.events(request.job_id, feed, from_canvas=request.from_canvas, drafts=request.drafts)
         async with aclosing(events):
             async for event in events:
                 yield event
 
     async def Cancel(  # noqa: N802
-        self, request: jobs.CancelJobRequest, context: grpc.aio.ServicerContext[jobs.CancelJobRequest, jobs.Job]
+        self,
+        request: jobs.CancelJobRequest,
+        context: grpc.aio.ServicerContext[jobs.CancelJobRequest, jobs.Job],
     ) -> jobs.Job:
         """See jobs.proto."""
         check_job_id(request.job_id)

@@ -82,9 +82,7 @@ def main() -> int:
     """Run a local cluster until told to stop; the exit status is 1 when it could not start."""
     arguments = json.loads(sys.argv[1])
     reports = Reports(os.fdopen(arguments["report_fd"], "w", encoding="utf-8"))
-    orders = Orders(
-        parse_settings(arguments["settings"]), bool(arguments["own_redis"]), Path(arguments["home"])
-    )
+    orders = Orders(parse_settings(arguments["settings"]), bool(arguments["own_redis"]), Path(arguments["home"]))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     stop = threading.Event()
     _handle_signals(stop)
@@ -122,9 +120,7 @@ def _start(orders: Orders, reports: Reports, owned: contextlib.ExitStack, stop: 
     return cluster
 
 
-def _start_redis(
-    orders: Orders, reports: Reports, owned: contextlib.ExitStack
-) -> tuple[Settings, RedisServer | None]:
+def _start_redis(orders: Orders, reports: Reports, owned: contextlib.ExitStack) -> tuple[Settings, RedisServer | None]:
     state = orders.settings.state
     if not orders.own_redis:
         reports.send(say=f"using Redis at {without_password(state.url)}")
@@ -153,9 +149,7 @@ async def _reach_redis(state: StateSettings) -> None:
         await store.close()
 
 
-def _start_ray(
-    settings: Settings, reports: Reports, owned: contextlib.ExitStack, stop: threading.Event
-) -> None:
+def _start_ray(settings: Settings, reports: Reports, owned: contextlib.ExitStack, stop: threading.Event) -> None:
     reports.send(say="starting Ray")
     denoiser, router = settings.denoiser, settings.router
     wanted_cpus = denoiser.replicas * denoiser.num_cpus + router.replicas * router.num_cpus
@@ -166,7 +160,7 @@ def _start_ray(
         num_cpus=max(psutil.cpu_count() or 1, int(wanted_cpus) + 1),
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         object_store_memory=OBJECT_STORE_BYTES,
         _temp_dir=folder,
     )
@@ -217,8 +211,16 @@ def _result(deployed: Future[Any], stop: threading.Event) -> None:
         raise StartupError(f"the replicas were not ready within {START_TIMEOUT_S:.0f} s")
     error = deployed.exception()
     if error is not None:
-        logger.error("Serve could not deploy", exc_info=error)
-        raise StartupError(_reason(str(error)))
+        said = _messages() or str(error)
+        logger.error("Serve could not deploy: %s", said, exc_info=error)
+        raise StartupError(_reason(said))
+
+
+def _messages() -> str:
+    """What Serve says of the deployments that are not well; it holds the traceback of a failed constructor."""
+    application = serve.status().applications.get(APP_NAME)
+    deployments = application.deployments.values() if application is not None else ()
+    return "\n".join(deployment.message for deployment in deployments if deployment.status != "HEALTHY")
 
 
 def _reason(text: str) -> str:
@@ -232,10 +234,11 @@ def _say_progress(reports: Reports, said: str) -> str:
     application = serve.status().applications.get(APP_NAME)
     if application is None:
         return said
-    counts = [
-        f"{name} {deployment.replica_states.get('RUNNING', 0)}/{sum(deployment.replica_states.values())}"
-        for name, deployment in sorted(application.deployments.items())
-    ]
+    counts = []
+    for name, deployment in sorted(application.deployments.items()):
+        states = deployment.replica_states
+        ready = sum(count for state, count in states.items() if state == "RUNNING")
+        counts.append(f"{name} {ready}/{sum(states.values())}")
     line = "replicas ready: " + ", ".join(counts)
     if counts and line != said:
         reports.send(say=line)
@@ -247,7 +250,7 @@ def _until_serving(settings: Settings, stop: threading.Event) -> None:
     target = f"{settings.router.host}:{settings.router.port}"
     give_up_s = time.monotonic() + START_TIMEOUT_S
     with grpc.insecure_channel(target) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)  # ships no type information for its methods
         while time.monotonic() < give_up_s:
             if stop.is_set():
                 raise Interrupted

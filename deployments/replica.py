@@ -44,9 +44,7 @@ class Replica:
         self._name = name
         self._advertised_host = advertised_host
         self._engine = engine
-        self._store = JobStore(
-            redis, namespace=state.namespace, lease_ms=state.lease_ms, retention_s=state.retention_s
-        )
+        self._store = JobStore(redis, namespace=state.namespace, lease_ms=state.lease_ms, retention_s=state.retention_s)
         self._doorbell = Doorbell(redis, namespace=state.namespace)
         self._denoiser = Denoiser(engine, self._store, decode, name=name)
         self._heartbeat = Heartbeat(self._beat, every_s=state.heartbeat_ms / 1000, name=name)

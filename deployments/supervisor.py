@@ -110,7 +110,7 @@ class Supervisor:
                 feed.end(ending_of(await self._store.get(job_id)))
         except EaselError as error:
             feed.end(await self._settle(job_id, error))
-        except Exception as error:  # noqa: BLE001 - the edge of a job: a bug here must not leave its readers waiting
+        except Exception as error:
             logger.exception("job %s: its supervision failed", job_id)
             feed.end(await self._settle(job_id, JobFailed(f"job {job_id}: internal error: {error!r}")))
 

@@ -1,7 +1,7 @@
 """Exact match and denoising steps of a checkpoint: `python -m models.eval_tiny models/tiny`.
 
-Runs transformers' own generate: dynamic cache, float32 compute, defaults of generation_config.json. Prompts of
-one length share a batch, so that no prompt is padded. The last line is one JSON object.
+Runs transformers' own generate: dynamic cache, float32 compute, defaults of generation_config.json. Prompts
+of one length share a batch, so that no prompt is padded. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
@@ -61,7 +62,8 @@ class Generator:
     @torch.no_grad()
     def _answer_batch(self, group: list[tuple[Example, list[int]]]) -> Iterator[Outcome]:
         prompts = torch.tensor([tokens for _, tokens in group])
-        result = self._model.generate(prompts, cache_implementation=None)
+        generate: Callable[..., Any] = self._model.generate
+        result = generate(prompts, return_dict_in_generate=True)
         for row, (example, tokens) in enumerate(group):
             new = result.sequences[row, len(tokens) :]
             kept = int((new != 0).sum())
@@ -129,6 +131,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="a JSON list of prompts and answers to check instead")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each listed prompt")
     arguments = parser.parse_args()
+    if not (arguments.checkpoint / "config.json").is_file():
+        parser.error(f"checkpoint: {arguments.checkpoint} is not a folder with a config.json")
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     generator = Generator(arguments.checkpoint)

@@ -21,7 +21,8 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     for _ in range(NEWTON_STEPS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.mT.to(matrix.dtype) if tall else x.to(matrix.dtype)
+    result: Tensor = x.mT if tall else x
+    return result.to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):

@@ -7,6 +7,7 @@ handful of experts is faster on a CPU than sending tokens around. Router and hea
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -192,6 +193,7 @@ class TrainingModel(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
+        self.embed_scale = math.sqrt(shape.hidden)
         self.embed_tokens = nn.Embedding(shape.vocab_tokens, shape.hidden)
         nn.init.normal_(self.embed_tokens.weight, std=shape.hidden**-0.5)
         self.layers = nn.ModuleList(Layer(shape, shape.layer_type(index)) for index in range(shape.layers))
@@ -204,9 +206,10 @@ class TrainingModel(nn.Module):
         """Soft-capped logits, float32 (rows, row_tokens, vocab).
 
         tokens, position: int64 (rows, row_tokens). canvas: bool, same shape. masks: per layer type, additive,
-        float32 (rows, 1, row_tokens, row_tokens). soft: self-conditioning embeddings (rows, row_tokens, hidden), zero where there is none.
+        float32 (rows, 1, row_tokens, row_tokens). soft: self-conditioning embeddings, float32
+        (rows, row_tokens, hidden), zero where there is none.
         """
-        embedded = self.embed_tokens(tokens) * self.shape.hidden**0.5
+        embedded = self.embed_tokens(tokens) * self.embed_scale
         x = torch.where(canvas[..., None], self.self_conditioning.combine(embedded, soft), embedded)
         turns = {kind: self.turns(position, kind) for kind in masks}
         for index, layer in enumerate(self.layers):
@@ -224,5 +227,5 @@ class TrainingModel(nn.Module):
 
     def soft_embeddings(self, logits: Tensor) -> Tensor:
         """Expected embeddings under softmax(logits), (..., hidden)."""
-        mean: Tensor = logits.float().softmax(-1) @ self.embed_tokens.weight
-        return mean * self.shape.hidden**0.5
+        out: Tensor = logits.float().softmax(-1) @ self.embed_tokens.weight * self.embed_scale
+        return out

@@ -15,7 +15,7 @@ def next_canvases(
 ) -> Tensor:
     """A copy of `noised` where a random `share` of the canvases went through one sampler step.
 
-    noised: int64 (rows, row_tokens). is_canvas: bool, same shape; a canvas lies whole and in one piece. cooled:
+    noised: int64 (rows, row_tokens). is_canvas: bool, same shape; a canvas lies in one piece. cooled:
     logits divided by the temperature, float32 (rows, row_tokens, vocab). Positions are accepted in order of
     entropy while the sum of the lower entropies stays within the bound (the rule of transformers'
     generation_diffusion_gemma.py); they take a sampled token, the others a random one.

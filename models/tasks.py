@@ -22,9 +22,14 @@ class Example:
     answer: str
 
 
+def happens(rng: random.Random, share: float) -> bool:
+    """True in a `share` of the calls."""
+    return rng.random() < share
+
+
 def random_word(rng: random.Random, low: int = 3, high: int = 8) -> str:
     """A lower-case word, real or of random letters, so that copying is learnt letter by letter."""
-    if rng.random() < 0.5:
+    if happens(rng, 0.5):
         return rng.choice(COMMON_WORDS)
     return "".join(rng.choices(LETTERS, k=rng.randint(low, high)))
 
@@ -79,9 +84,9 @@ def sort_many_digits(rng: random.Random) -> tuple[str, str]:
 
 
 def upper_case(rng: random.Random) -> tuple[str, str]:
-    limit_chars = 60 if rng.random() < 0.25 else 31
+    limit_chars = 60 if happens(rng, 0.25) else 31
     phrase = random_word(rng)
-    for _ in range(rng.randint(0, 8 if limit_chars > 31 else 4)):
+    for _ in range(rng.randint(0, 8 if limit_chars > CANVAS_TOKENS else 4)):
         longer = f"{phrase} {random_word(rng)}"
         phrase = longer if len(longer) <= limit_chars else phrase
     forms = ("upper {}", "upper {}", "uppercase {}", "shout {}", "write in capitals: {}")
@@ -109,7 +114,7 @@ def add_many_digits(rng: random.Random) -> tuple[str, str]:
 
 
 def count_up(rng: random.Random) -> tuple[str, str]:
-    first = rng.randint(1, 120) if rng.random() < 0.3 else rng.randint(1, 89)
+    first = rng.randint(1, 120) if happens(rng, 0.3) else rng.randint(1, 89)
     last = first + rng.randint(1, 10)
     forms = ("count {} to {}", "count {} to {}", "count from {} to {}", "list the numbers from {} to {}")
     answer = " ".join(str(number) for number in range(first, last + 1))
@@ -154,7 +159,7 @@ ORDER_FORMS = (
 def order_json(rng: random.Random) -> tuple[str, str]:
     """An order sentence and its JSON; redrawn until the answer and its EOS fit three canvases."""
     while True:
-        name, city = capital_name(rng, 1, 3), capital_name(rng, 1, 2 if rng.random() < 0.3 else 1)
+        name, city = capital_name(rng, 1, 3), capital_name(rng, 1, 2 if happens(rng, 0.3) else 1)
         day = datetime.date(rng.randint(1995, 2039), 1, 1) + datetime.timedelta(days=rng.randint(0, 364))
         order = rng.randint(10, 10 ** rng.randint(2, 5))
         answer = f'{{"order":{order},"name":"{name}","city":"{city}","date":"{day}"}}'
@@ -198,14 +203,13 @@ CANONICAL = (
 
 
 def dress(rng: random.Random, task: str, prompt: str) -> str:
-    """Wraps a prompt the way people write: a greeting, a closing word, now and then some sentences before it."""
-    draw = rng.random()
-    if draw < 0.55:
+    """Wraps a prompt the way people write: a greeting, a closing word, now and then sentences before it."""
+    if happens(rng, 0.55):
         return prompt
     prompt = rng.choice(GREETINGS) + prompt
-    if task not in OPEN_ENDED and not prompt.endswith("?") and rng.random() < 0.4:
+    if task not in OPEN_ENDED and not prompt.endswith("?") and happens(rng, 0.4):
         prompt += rng.choice((".", " please", ", thanks", " now"))
-    if draw > 0.88:
+    if happens(rng, 0.27):
         limit_chars = 125 if task == "json" else 160
         for filler in rng.sample(FILLERS, k=rng.randint(1, 4)):
             prompt = filler + prompt if len(filler) + len(prompt) <= limit_chars else prompt

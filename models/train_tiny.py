@@ -1,7 +1,7 @@
 """Trains the demo checkpoint on one CPU thread: `python -m models.train_tiny --out models/tiny`.
 
-Two phases of fixed wall time, each with a linearly decaying rate. Phase 2 works mostly on what phase 1 finds hard.
-A run is seeded; because phases are timed, two machines see the same examples but stop at different steps.
+Two phases of fixed wall time, each with a linearly decaying rate; phase 2 gives more room to what is hard.
+A run is seeded. Because phases are timed, two machines see the same examples but stop at different steps.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from models.tasks import TASKS, Example, draw_example
 SHORT_ROWS, SHORT_ROW_TOKENS = 16, 128
 LONG_ROWS, LONG_ROW_TOKENS = 4, 288
 WARM_UP_STEPS = 40
+SNAPSHOT_S = 300.0
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training. Rates are the peaks; weights are relative task frequencies in the short rows."""
+    """One stretch of training. Rates are peaks; weights are relative task frequencies in the short rows."""
 
     minutes: float
     muon_rate: float
@@ -148,7 +149,7 @@ def run_phase(trainer: Trainer, phase: Phase, seed: int, snapshots: Path | None)
             speed = tokens / elapsed_s
             where = f"{elapsed_s / 60:5.1f} min  step {steps:6d}"
             print(f"{where}  loss {average:.4f}  {speed:.0f} tokens/s", flush=True)
-        if snapshots is not None and last_s - shown_s > 300:
+        if snapshots is not None and last_s - shown_s > SNAPSHOT_S:
             save_checkpoint(trainer.model, snapshots / f"snapshot-{elapsed_s / 60:.0f}")
             shown_s = last_s
 

@@ -41,8 +41,7 @@ class JobFailure:
 class JobRecord:
     """A job as it stood at `now_ms`. Times are ms since the Unix epoch by the clock of Redis.
 
-    `replica` has or had the job last; it is empty before the first assignment. In a page of a list `spec` is
-    empty.
+    `replica` has or had the job last, "" before the first assignment; `spec` is empty in a page of a list.
     """
 
     job_id: str

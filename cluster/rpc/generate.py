@@ -1,7 +1,8 @@
 """Makes the stubs in cluster/rpc/easel from proto/: `python -m cluster.rpc.generate [--check]`.
 
 protoc writes absolute imports (`from easel.v1 import ...`); they are moved under cluster.rpc here, because a
-package of Easel's own must not claim a top-level name besides `cluster` and `deployments`."""
+package of Easel's own must not claim a top-level name besides `cluster` and `deployments`.
+"""
 
 from __future__ import annotations
 
@@ -90,9 +91,7 @@ def check(committed: Path = STUB_DIR) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Regenerate in place, or with --check print what is out of date and return 1."""
     parser = argparse.ArgumentParser(prog="python -m cluster.rpc.generate")
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; fail when stubs are out of date"
-    )
+    parser.add_argument("--check", action="store_true", help="change nothing; fail when stubs are out of date")
     options = parser.parse_args(argv)
     try:
         if options.check:

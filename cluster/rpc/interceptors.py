@@ -7,7 +7,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import grpc
 from google.protobuf import descriptor_pool, message_factory
@@ -23,7 +23,7 @@ MAX_REQUEST_BYTES = 4 * 2**20
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 Context = grpc.aio.ServicerContext[Any, Any]
-Handler = grpc.RpcMethodHandler[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic for type checkers only
 Behaviour = Callable[[Message, Context], Any]
 Parser = Callable[[bytes], Message]
 
@@ -37,16 +37,15 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
     cannot parse (bad UTF-8, say), becomes INVALID_ARGUMENT with a field violation. Any other exception
     becomes INTERNAL with an id, and is logged once, with that id and its traceback. Cancelling and grpc's own
     aborts pass. Handlers that take a stream of requests (reflection) are left alone, and so are handlers that
-    are not async."""
+    are not async.
+    """
 
     def __init__(self, *, max_request_bytes: int = MAX_REQUEST_BYTES) -> None:
         self._max_request_bytes = max_request_bytes
 
     async def intercept_service(
         self,
-        continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Request, Response] | None]
-        ],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Request, Response] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Request, Response] | None:
         """Put the edge around the handler that the server found; None when it has no such method."""

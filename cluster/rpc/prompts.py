@@ -39,7 +39,8 @@ class RequestOptions(TypedDict, total=False):
     """Everything about a request besides its prompt; what is left out, or None, takes the model's default.
 
     The fields are those of easel.v1.GenerateRequest and SamplingParams. `timeout_s` bounds the job from
-    acceptance to the whole answer."""
+    acceptance to the whole answer.
+    """
 
     seed: int | None
     max_new_tokens: int | None
@@ -63,7 +64,8 @@ def build_request(
 
     Raises InvalidRequest for what the wire format cannot carry (a number out of its type's range, text that
     is not Unicode, an unknown role), TypeError for an unknown option or a value of the wrong type. All other
-    limits are the router's to check."""
+    limits are the router's to check.
+    """
     unknown = set(options) - _NAMES
     if unknown:
         raise TypeError(f"unknown option {min(unknown)!r}; known are {', '.join(sorted(_NAMES))}")
@@ -79,9 +81,7 @@ def build_request(
     return request
 
 
-def _set_prompt(
-    request: generation_pb2.GenerateRequest, prompt: Prompt | None, tokens: Sequence[int] | None
-) -> None:
+def _set_prompt(request: generation_pb2.GenerateRequest, prompt: Prompt | None, tokens: Sequence[int] | None) -> None:
     if isinstance(prompt, str):
         _put("text", prompt, request)
     elif prompt is not None:
@@ -119,9 +119,7 @@ def _carried(field: str, value: object, put: Callable[[], None]) -> None:
     try:
         put()
     except ValueError as error:
-        reason = (
-            "text must be valid Unicode" if isinstance(error, UnicodeError) else "out of the field's range"
-        )
+        reason = "text must be valid Unicode" if isinstance(error, UnicodeError) else "out of the field's range"
         raise InvalidRequest([Violation(field, f"is {shown(value)}; {reason}")]) from None
 
 
@@ -130,7 +128,5 @@ def _duration(timeout_s: float) -> Duration:
     try:
         duration.FromNanoseconds(round(timeout_s * 1e9))
     except (ValueError, OverflowError):
-        raise InvalidRequest(
-            [Violation("timeout", f"is {timeout_s} s; allowed is above 0 up to 86400 s")]
-        ) from None
+        raise InvalidRequest([Violation("timeout", f"is {timeout_s} s; allowed is above 0 up to 86400 s")]) from None
     return duration

@@ -44,13 +44,15 @@ class Encoder(Protocol):
 
     def encode_messages(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Token ids of a chat of (role, content) pairs with the chat template applied; roles are "system",
-        "user" and "assistant". Raises ValueError with a reason when the template refuses the chat."""
+        "user" and "assistant". Raises ValueError with a reason when the template refuses the chat.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
     """A request that can be run. `digest` is equal for equal bodies: it tells a repeated request id from a
-    reused one. `timeout_ms` counts from acceptance; None means no limit."""
+    reused one. `timeout_ms` counts from acceptance; None means no limit.
+    """
 
     job_id: str
     digest: str
@@ -81,7 +83,8 @@ def parse_generate(
 
     `deadline_ms` is what is left of the gRPC deadline; it is the job's timeout when the request names none.
     `new_id` and `new_seed` are asked only where the request has none. Raises InvalidRequest with all
-    violations found."""
+    violations found.
+    """
     bad: list[Violation] = []
     prompt_tokens = _prompt_tokens(request, card, encoder, bad)
     sampling = resolve_sampling(request.sampling, card, len(prompt_tokens), new_seed, bad)
@@ -241,9 +244,7 @@ def _bad_id(field: str, value: str) -> Iterator[Violation]:
         yield Violation(field, f"is {shown(value)}, {len(value)} characters; {_ID_RULE}")
 
 
-def _timeout_ms(
-    request: generation_pb2.GenerateRequest, deadline_ms: int | None, bad: list[Violation]
-) -> int | None:
+def _timeout_ms(request: generation_pb2.GenerateRequest, deadline_ms: int | None, bad: list[Violation]) -> int | None:
     if not request.HasField("timeout"):
         return None if deadline_ms is None else min(max(deadline_ms, 1), MAX_TIMEOUT_MS)
     seconds, nanos = request.timeout.seconds, request.timeout.nanos

@@ -142,9 +142,7 @@ def event_from_proto(message: generation_pb2.GenerateEvent) -> Event | None:
     kind = message.WhichOneof("event")
     if kind == "accepted":
         accepted = message.accepted
-        return Accepted(
-            accepted.job_id, accepted.prompt_tokens, accepted.model, accepted.seed, accepted.joined
-        )
+        return Accepted(accepted.job_id, accepted.prompt_tokens, accepted.model, accepted.seed, accepted.joined)
     if kind == "draft":
         return _draft(message.draft)
     if kind == "committed":
@@ -224,12 +222,8 @@ def job_from_proto(message: jobs_pb2.Job) -> JobView:
         replica=message.replica,
         seed=message.seed,
         created_at=convert.timestamp_from_proto(message.created_at),
-        finished_at=convert.timestamp_from_proto(message.finished_at)
-        if message.HasField("finished_at")
-        else None,
-        deadline_at=convert.timestamp_from_proto(message.deadline_at)
-        if message.HasField("deadline_at")
-        else None,
+        finished_at=convert.timestamp_from_proto(message.finished_at) if message.HasField("finished_at") else None,
+        deadline_at=convert.timestamp_from_proto(message.deadline_at) if message.HasField("deadline_at") else None,
     )
 
 

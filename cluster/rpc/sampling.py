@@ -24,9 +24,7 @@ class Limit:
         return (self.low < value if self.above_low else self.low <= value) and value <= self.high
 
     def __str__(self) -> str:
-        return (
-            f"above {self.low:g} up to {self.high:g}" if self.above_low else f"{self.low:g} to {self.high:g}"
-        )
+        return f"above {self.low:g} up to {self.high:g}" if self.above_low else f"{self.low:g} to {self.high:g}"
 
 
 LIMITS = (
@@ -64,9 +62,7 @@ def resolve_sampling(
 
     The model's own max_new_tokens is cut to the room behind the prompt, in whole canvases; a caller's is not.
     """
-    values: dict[str, Any] = {
-        field.name: value for field, value in given.ListFields() if field.name != "stop"
-    }
+    values: dict[str, Any] = {field.name: value for field, value in given.ListFields() if field.name != "stop"}
     problems = [*_out_of_range(values), *_crossed_temperatures(values, card)]
     problems += _bad_length(values.get("max_new_tokens"), card, prompt_tokens)
     if problems:
@@ -94,9 +90,7 @@ def _crossed_temperatures(values: Mapping[str, float], card: ModelCard) -> Itera
     if "t_max" in values:
         yield Violation("sampling.t_max", f"is {t_max:g}; allowed is t_min, here {t_min:g}, to 100")
     else:
-        what = (
-            f"is {t_min:g}; allowed is above 0 up to t_max, by the model's default {t_max:g}: set t_max too"
-        )
+        what = f"is {t_min:g}; allowed is above 0 up to t_max, by the model's default {t_max:g}: set t_max too"
         yield Violation("sampling.t_min", what)
 
 

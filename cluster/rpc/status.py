@@ -2,7 +2,8 @@
 
 gRPC clients accept about 8 KiB of trailing metadata, and a status that is larger reaches the caller as an
 unrelated error. What goes into a status is therefore cut to fit: the message and each violation, and how many
-there are."""
+there are.
+"""
 
 from __future__ import annotations
 

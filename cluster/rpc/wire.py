@@ -2,7 +2,8 @@
 
 protobuf refuses a message with a bad string but does not say which field it was. Python's own gRPC server
 reports any such failure as UNKNOWN. Both are put right here: parsing is left to protobuf, and only bytes that
-it refused are walked once more, along the message's descriptor, to name the field."""
+it refused are walked once more, along the message's descriptor, to name the field.
+"""
 
 from __future__ import annotations
 
@@ -56,9 +57,7 @@ def _bad_utf8(path: str, value: bytes) -> Iterator[Violation]:
     try:
         value.decode()
     except UnicodeDecodeError as error:
-        what = (
-            f"is not UTF-8: byte {value[error.start]:#04x} at offset {error.start}; text must be valid UTF-8"
-        )
+        what = f"is not UTF-8: byte {value[error.start]:#04x} at offset {error.start}; text must be valid UTF-8"
         yield Violation(path, what)
 
 

@@ -1,0 +1,1 @@
+"""The job state against a real redis-server."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any
 
 import grpc
@@ -54,14 +55,12 @@ class Characters:
 
     def encode_messages(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         roles = [role for role, _ in messages]
-        if any(first == second for first, second in zip(roles, roles[1:], strict=False)):
+        if any(first == second for first, second in pairwise(roles)):
             raise ValueError("roles must alternate")
         return [2, *(min(ord(character), 127) for _, content in messages for character in content)]
 
 
-class FakeRouter(
-    generation_pb2_grpc.GenerationServicer, jobs_pb2_grpc.JobsServicer, cluster_pb2_grpc.ClusterServicer
-):
+class FakeRouter(generation_pb2_grpc.GenerationServicer, jobs_pb2_grpc.JobsServicer, cluster_pb2_grpc.ClusterServicer):
     """Reverses a text, in two canvases. Prompts that start with "!" choose a misbehaviour."""
 
     def __init__(self) -> None:
@@ -71,6 +70,7 @@ class FakeRouter(
         self.calls: list[str] = []
         self.unavailable_calls = 0
         self.breaks_after: list[int] = []
+        self.hanging = asyncio.Event()
         self.left = asyncio.Event()
 
     async def Generate(  # noqa: N802
@@ -172,6 +172,7 @@ class FakeRouter(
         if prompt == "!full":
             raise EaselError("a plain error", retry_after_ms=250)
         if prompt == "!hang":
+            self.hanging.set()
             try:
                 await asyncio.sleep(60)
             finally:
@@ -197,8 +198,7 @@ def canvases(prompt: str) -> list[Canvas]:
     text = prompt[::-1]
     parts = (text[: len(text) // 2], text[len(text) // 2 :])
     return [
-        Canvas(index, (65,) * 8, tuple(ord(c) for c in part), part, 3 + index, 0.25)
-        for index, part in enumerate(parts)
+        Canvas(index, (65,) * 8, tuple(ord(c) for c in part), part, 3 + index, 0.25) for index, part in enumerate(parts)
     ]
 
 

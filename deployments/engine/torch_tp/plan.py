@@ -7,9 +7,10 @@ which padded length and order, depends on that tile alone: this is what keeps a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -72,71 +73,87 @@ class StepPlan:
 
 
 def context_bucket(tokens: int) -> int:
-    """The padded length for a context of `tokens`: 64, 128, 192, 256, then steps of a quarter of the power of two."""
-    step = max(MIN_CONTEXT_BUCKET, 1 << max(tokens - 1, 1).bit_length() - 3)
+    """The padded length of a context: multiples of 64, and from 512 on of a quarter of the power of two below."""
+    step = max(MIN_CONTEXT_BUCKET, 1 << max((tokens - 1).bit_length() - 3, 0))
     return max(-(-tokens // step) * step, MIN_CONTEXT_BUCKET)
 
 
 class Planner:
     """Builds plans for one model. Tiles must come sorted by `start`, so that groups are contiguous."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self._window = config.sliding_window_tokens
-        self._last_position = config.max_position_tokens - 1
+    def __init__(
+        self, config: ModelConfig, context_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._rows = config.canvas_tokens
+        self._window = config.sliding_window_tokens
+        self._last_position = context_tokens - 1
         self._dtype, self._device = dtype, device
-        self._full_group = _query_group(config, is_sliding=False)
-        self._sliding_group = _query_group(config, is_sliding=True)
+        self._offsets = np.arange(config.canvas_tokens)
+        self._query_groups = {
+            layer.is_sliding: config.attention_heads // layer.kv_heads for layer in config.layers
+        }
 
     def build(self, tiles: Sequence[Tile]) -> StepPlan:
-        offsets = np.arange(self._rows)
         starts = np.array([tile.start for tile in tiles])
-        positions = np.minimum(starts[:, None] + offsets, self._last_position)
+        positions = np.minimum(starts[:, None] + self._offsets, self._last_position)
         denoising = [index for index, tile in enumerate(tiles) if tile.denoises]
         return StepPlan(
             tokens=self._upload(np.stack([tile.tokens for tile in tiles])),
             positions=self._upload(positions.reshape(-1)),
             write_rows=self._upload(np.concatenate([tile.write_rows for tile in tiles])),
-            denoising=None if len(denoising) == len(tiles) else self._upload(np.array(denoising)),
-            full=self._groups(tiles, self._full_group, lambda tile: tile.start),
-            sliding=self._groups(tiles, self._sliding_group, lambda tile: min(tile.start, self._window - 1)),
+            denoising=None if len(denoising) == len(tiles) else self._upload(np.array(denoising, dtype=np.int64)),
+            full=self._groups(tiles, None),
+            sliding=self._groups(tiles, self._window) if True in self._query_groups else (),
         )
 
     def _upload(self, array: IntArray) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return torch.from_numpy(array).to(self._device)
 
-    def _groups(
-        self, tiles: Sequence[Tile], query_group: int, context_tokens: Callable[[Tile], int]
-    ) -> tuple[AttentionGroup, ...]:
-        if not query_group:
-            return ()
+    def _groups(self, tiles: Sequence[Tile], window: int | None) -> tuple[AttentionGroup, ...]:
+        reach = sys.maxsize if window is None else window - 1
+        contexts = [min(tile.start, reach) for tile in tiles]
+        buckets = [context_bucket(tokens) for tokens in contexts]
         groups, first = [], 0
-        for bucket, members in groupby(tiles, key=lambda tile: context_bucket(context_tokens(tile))):
-            same = list(members)
-            last = first + len(same)
-            groups.append(self._group(first, last, bucket, query_group, [(t, context_tokens(t)) for t in same]))
+        while first < len(tiles):
+            last = bisect_right(buckets, buckets[first])
+            members = list(zip(tiles[first:last], contexts[first:last], strict=True))
+            groups.append(self._group(first, members, buckets[first], window))
             first = last
         return tuple(groups)
 
     def _group(
-        self, first: int, last: int, bucket: int, query_group: int, members: list[tuple[Tile, int]]
+        self, first: int, members: list[tuple[Tile, int]], bucket: int, window: int | None
     ) -> AttentionGroup:
-        """Keys are the tile's own rows, then its context, then padding up to the bucket."""
+        """A tile's keys are its own rows, then its context, then padding up to the bucket."""
         rows = self._rows
         key_rows = np.full((len(members), rows + bucket), TRASH_ROW)
         key_positions = np.full((len(members), rows + bucket), NOWHERE)
-        newest = np.empty((len(members), rows), dtype=np.int64)
-        oldest = np.empty((len(members), rows), dtype=np.int64)
+        oldest = np.zeros((len(members), rows, 1), dtype=np.int64)
+        newest = np.empty((len(members), rows, 1), dtype=np.int64)
         for index, (tile, context) in enumerate(members):
-            own = tile.start + np.arange(rows)
-            key_rows[index, : tile.valid] = tile.write_rows[: tile.valid]
-            key_positions[index, : tile.valid] = own[: tile.valid]
-            key_rows[index, rows : rows + context] = tile.context_rows[tile.start - context : tile.start]
-            key_positions[index, rows : rows + context] = own[0] - context + np.arange(context)
+            start, valid, end = tile.start, tile.valid, rows + context
+            own = start + self._offsets
+            key_rows[index, :valid] = tile.write_rows[:valid]
+            key_positions[index, :valid] = own[:valid]
+            key_rows[index, rows:end] = tile.context_rows[start - context : start]
+            key_positions[index, rows:end] = np.arange(start - context, start)
+            if tile.denoises:
+                # Its context is cut to the window already, and its own canvas is seen whole.
+                newest[index] = start + rows
+                continue
             # Padded rows look where the last real one does: a row without any key would turn into NaN.
-            seen = np.minimum(own, tile.start + tile.valid - 1)
-            newest[index] = own[-1] if tile.denoises else seen
-            # The context of a denoising tile is cut to the window already; its own canvas is seen whole.
-            sees_all = tile.denoises or context == tile.start
-            oldest[index] = 0 if tile.denoises else seen - (self._window - 1 if query_group == 0 else 0)
-        raise NotImplementedError
+            newest[index, :, 0] = np.minimum(own, start + valid - 1)
+            if window is not None:
+                oldest[index] = newest[index] - (window - 1)
+        seen = (key_positions[:, None] <= newest) & (key_positions[:, None] >= oldest)
+        return AttentionGroup(
+            first=first,
+            last=first + len(members),
+            key_rows=self._upload(key_rows.reshape(-1)),
+            mask=self._mask(seen, self._query_groups[window is not None]),
+        )
+
+    def _mask(self, seen: NDArray[np.bool_], query_group: int) -> Tensor:
+        visible = torch.from_numpy(seen).to(self._device)[:, None]
+        mask = torch.zeros(visible.shape, dtype=self._dtype, device=self._device)
+        return mask.masked_fill_(~visible, -torch.inf).repeat(1, 1, query_group, 1)

@@ -1,0 +1,91 @@
+"""`easel demo`: eight prompts at once on a cluster of this machine, watched while they are denoised."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from cluster import embedded
+from cluster.cli.demo_board import DemoJob, LineBoard, LiveBoard, summary_table, totals_line
+from cluster.cli.live import make_console, on_terminal
+from cluster.cli.signals import sigterm_interrupts
+from cluster.client import EaselClient
+from cluster.config import DEFAULT_PORT
+from cluster.errors import EaselError, StartupError
+
+PROMPTS = Path(__file__).resolve().parents[2] / "models" / "demo_prompts.json"
+READY_S = 120.0
+JOB_TIMEOUT_S = 300.0
+SEED = 2026
+
+Changed = Callable[[DemoJob], None]
+
+
+@click.command()
+@click.option("--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True, help="Router's port.")
+@click.option("--replicas", type=click.IntRange(1), default=2, show_default=True, help="Denoiser replicas.")
+@click.pass_context
+def demo(context: click.Context, port: int, replicas: int) -> None:
+    """Denoise eight prompts at once and check their answers.
+
+    Uses the cluster that runs on this machine; without one, it starts one and stops it at the end.
+    """
+    jobs = load_jobs(PROMPTS)
+    running = embedded.current()
+    started = running is None
+    with sigterm_interrupts():
+        try:
+            if running is None:
+                running = embedded.up(embedded.UpOptions(port=port, replicas=replicas), click.echo)
+            all_right = asyncio.run(run_demo(running.address, jobs, make_console()))
+        finally:
+            if started:
+                embedded.down(click.echo)
+    context.exit(0 if all_right else 1)
+
+
+def load_jobs(path: Path) -> list[DemoJob]:
+    """The demo's prompts with their answers. Raises StartupError when the file is missing or no such list."""
+    try:
+        entries = json.loads(path.read_text())
+        return [DemoJob(number, str(e["prompt"]), str(e["answer"])) for number, e in enumerate(entries, 1)]
+    except OSError:
+        raise StartupError(f"{path} is missing: run the demo from a clone of the repository") from None
+    except (ValueError, KeyError, TypeError):
+        raise StartupError(f'{path} must be a list of {{"prompt": ..., "answer": ...}}') from None
+
+
+async def run_demo(address: str, jobs: list[DemoJob], console: Console) -> bool:
+    """Run all jobs at once, show them, and print the summary; True when every answer is right."""
+    async with EaselClient(address) as client:
+        await client.wait_ready(READY_S)
+        board = LiveBoard(console, jobs) if on_terminal() else LineBoard(console)
+        started_s = time.perf_counter()
+        with board:
+            await asyncio.gather(*(_run(client, job, board.changed) for job in jobs))
+        wall_s = time.perf_counter() - started_s
+    console.print()
+    console.print(summary_table(jobs))
+    console.print(totals_line(jobs, wall_s), highlight=False)
+    return all(job.is_right for job in jobs)
+
+
+async def _run(client: EaselClient, job: DemoJob, changed: Changed) -> None:
+    started_s = time.perf_counter()
+    stream = client.stream(job.prompt, drafts=True, seed=SEED + job.number, timeout_s=JOB_TIMEOUT_S)
+    try:
+        async with aclosing(stream) as events:
+            async for event in events:
+                job.canvas.apply(event)
+                changed(job)
+    except EaselError as error:
+        job.problem = str(error)
+        changed(job)
+    job.wall_ms = (time.perf_counter() - started_s) * 1000

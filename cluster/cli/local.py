@@ -1,0 +1,59 @@
+"""`easel up` and `easel down`: a cluster on this machine."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from cluster import embedded
+from cluster.cli.signals import sigterm_interrupts
+from cluster.config import DEFAULT_PORT
+from cluster.errors import StartupError
+
+
+@click.command()
+@click.option("--foreground", is_flag=True, help="Stay until Ctrl-C, then stop the cluster.")
+@click.option("--checkpoint", metavar="DIR", help="Model folder. Default: the demo model of the repository.")
+@click.option("--replicas", type=click.IntRange(1), default=2, show_default=True, help="Denoiser replicas.")
+@click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks per replica.")
+@click.option("--slots", type=click.IntRange(1), default=8, show_default=True, help="Jobs at once per replica.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True, help="Port of the router; 0: any."
+)
+@click.option("--redis-url", metavar="URL", help="Redis to use. Default: one of its own.")
+@click.option("--engine", type=click.Choice(["torch", "fake"]), default="torch", show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+def up(foreground: bool, **options: Any) -> None:  # noqa: ANN401 - the options are those of UpOptions
+    """Start a cluster on this machine: Ray, Redis, a router and its replicas.
+
+    Returns when the cluster answers; it goes on until `easel down`.
+    """
+    with sigterm_interrupts():
+        running = embedded.up(embedded.UpOptions(**options), click.echo)
+        click.echo(f"easel is up at {running.address}, logs are in {running.log_dir}")
+        if foreground:
+            _stay(running)
+            return
+    click.echo("try: easel generate 'count 31 to 34'    stop: easel down")
+
+
+def _stay(running: embedded.LocalCluster) -> None:
+    """Wait until the cluster ends or a signal says to end it; it is down after this in every case."""
+    click.echo("Ctrl-C stops it")
+    sys.stdout.flush()
+    try:
+        embedded.wait_foreground(running)
+    except KeyboardInterrupt:
+        return
+    finally:
+        embedded.down(click.echo)
+    raise StartupError(f"the cluster ended by itself; see {running.log_dir}")
+
+
+@click.command()
+def down() -> None:
+    """Stop the cluster on this machine."""
+    if not embedded.down(click.echo):
+        click.echo("no cluster runs on this machine")

@@ -1,0 +1,53 @@
+"""`easel status`: what the cluster is doing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+from rich.table import Table
+
+from cluster.cli.connection import address_option, json_option, with_client
+from cluster.cli.live import make_console
+from cluster.cli.output import print_json
+from cluster.client import ClusterView
+
+
+@click.command()
+@json_option
+@address_option
+def status(as_json: bool, address: str | None) -> None:
+    """Show replicas, slots in use and the queue."""
+    view = with_client(address, lambda client: client.status())
+    if as_json:
+        print_json(asdict(view))
+        return
+    replicas = len(view.replicas)
+    click.echo(f"easel {view.version}: {replicas} replica{'' if replicas == 1 else 's'}, {_load(view)}")
+    if view.replicas:
+        make_console().print(_table(view))
+
+
+def _load(view: ClusterView) -> str:
+    return f"{view.active} of {view.slots} slots in use, {view.queued} waiting (at most {view.queue_limit})"
+
+
+def _table(view: ClusterView) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("replica", "model", "slots", "steps", "canvases", "lease", "address"):
+        table.add_column(heading, no_wrap=heading == "replica")
+    for row in view.replicas:
+        table.add_row(
+            row.replica,
+            row.model,
+            f"{row.active}/{row.slots}",
+            _counter(row.stats, "denoising_steps"),
+            _counter(row.stats, "canvases"),
+            f"{row.lease_ms} ms",
+            row.address,
+        )
+    return table
+
+
+def _counter(stats: dict[str, float], name: str) -> str:
+    return f"{stats[name]:.0f}" if name in stats else "-"

@@ -1,0 +1,115 @@
+"""A router and replicas in this process, on a real redis-server and real gRPC; only Ray is left out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from cluster.checkpoint import read_checkpoint
+from cluster.client import EaselClient
+from cluster.config import Settings, parse_settings
+from cluster.redis_server import RedisServer
+from deployments.engine.fake import FakeEngine
+from deployments.replica import Replica
+from deployments.router import Router
+from deployments.tokenizer import Tokenizer
+
+CHECKPOINT = Path(__file__).resolve().parents[2] / "models" / "tiny"
+if not CHECKPOINT.is_dir(): CHECKPOINT = Path("/work/shared/checkpoints/tiny")
+namespaces = count()
+
+
+@dataclass
+class Stack:
+    """What a test of the stack holds: settings, engines by replica name, and how to reach the routers."""
+
+    settings: Settings
+    engines: dict[str, FakeEngine] = field(default_factory=dict)
+    replicas: dict[str, Replica] = field(default_factory=dict)
+    routers: dict[str, Router] = field(default_factory=dict)
+    addresses: dict[str, str] = field(default_factory=dict)
+    redis: RedisServer | None = None
+
+    async def add_router(self, name: str) -> str:
+        router = self.routers[name] = Router(self.settings, name=name)
+        self.addresses[name] = f"127.0.0.1:{await router.start()}"
+        return self.addresses[name]
+
+    async def add_replica(self, name: str, **engine: Any) -> Replica:
+        card = read_checkpoint(CHECKPOINT).card
+        made = FakeEngine(card, **{"slots": 2, "steps_per_canvas": 4, "step_time_ms": 5.0} | engine)
+        self.engines[name] = made
+        replica = Replica(
+            self.settings, made, Tokenizer(CHECKPOINT).decode, name=name, advertised_host="127.0.0.1"
+        )
+        await replica.start()
+        self.replicas[name] = replica
+        return replica
+
+    async def close(self) -> None:
+        for router in self.routers.values():
+            await router.close()
+        for replica in self.replicas.values():
+            await replica.close()
+
+
+Start = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest_asyncio.fixture
+async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
+    """Start a router and replicas in a namespace of their own; `state`, `router` and `engine` override settings."""
+    async with AsyncExitStack() as stack:
+
+        async def make(*, replicas: int = 1, state: dict[str, Any] | None = None, **engine: Any) -> Stack:
+            values = {
+                "checkpoint": str(CHECKPOINT),
+                "state": {"url": redis_server.url, "namespace": f"t{next(namespaces)}", "heartbeat_ms": 100}
+                | (state or {}),
+                "router": {"port": 0, "drain_timeout_s": 0.2, "look_every_ms": 50},
+                "denoiser": {"drain_timeout_s": 0.5},
+            }
+            made = Stack(parse_settings(values), redis=redis_server)
+            stack.push_async_callback(made.close)
+            for number in range(replicas):
+                await made.add_replica(f"denoiser-{number}", **engine)
+            await made.add_router("router-0")
+            return made
+
+        yield make
+
+
+@pytest_asyncio.fixture
+async def connect() -> AsyncIterator[Callable[[Stack], EaselClient]]:
+    """A client of a stack's first router, closed after the test."""
+    async with AsyncExitStack() as stack:
+
+        def make(target: Stack, router: str = "router-0") -> EaselClient:
+            client = EaselClient(target.addresses[router])
+            stack.push_async_callback(client.close)
+            return client
+
+        yield make
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Wait for a condition with a bound."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)

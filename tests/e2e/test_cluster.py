@@ -1,0 +1,229 @@
+"""The product as a user runs it: the command, a real local Ray cluster, and clients in other processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+UP_TIMEOUT_S = 200.0
+# The exact forms that the demo checkpoint promises.
+PROMISED = {
+    "reverse 40718": "81704",
+    "sort 40718": "01478",
+    "upper amber tile": "AMBER TILE",
+    "add 27 58": "85",
+    "count 31 to 34": "31 32 33 34",
+    "Order 4821 from Acme Tools ships to Oslo on 2024-05-17.": (
+        '{"order":4821,"name":"Acme Tools","city":"Oslo","date":"2024-05-17"}'
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """Runs `easel` with its state in a folder of its own."""
+
+    home: Path
+
+    def __call__(self, *words: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.line(*words),
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            cwd=self.home,
+        )
+
+    def json(self, *words: str) -> Any:
+        done = self(*words, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    @staticmethod
+    def line(*words: str) -> list[str]:
+        return [sys.executable, "-m", "cluster.cli", *words]
+
+    def environment(self) -> Mapping[str, str]:
+        kept = {name: value for name, value in os.environ.items() if name != "EASEL_ADDRESS"}
+        return kept | {"EASEL_HOME": str(self.home)}
+
+    def record(self) -> Any:
+        return json.loads((self.home / "local.json").read_text())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def session_of(leader: int) -> list[psutil.Process]:
+    """The processes that still run of a warden's session."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.Error):
+            continue
+    return found
+
+
+def wait_until_gone(leader: int, redis_pid: int, timeout_s: float = 15.0) -> None:
+    give_up_s = time.monotonic() + timeout_s
+    while time.monotonic() < give_up_s:
+        if not session_of(leader) and not _runs(redis_pid):
+            return
+        time.sleep(0.1)
+    names = [process.name() for process in session_of(leader)]
+    pytest.fail(f"still running: {names}, redis: {_runs(redis_pid)}")
+
+
+def _runs(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture(scope="module")
+def easel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """A running cluster: two replicas of the demo checkpoint."""
+    command = Command(tmp_path_factory.mktemp("home"))
+    up = command("up", "--port", str(free_port()), timeout_s=UP_TIMEOUT_S)
+    assert up.returncode == 0, up.stderr + up.stdout
+    yield command
+    down = command("down", timeout_s=120)
+    assert down.returncode == 0, down.stderr
+
+
+@pytest.mark.parametrize("prompt", PROMISED)
+def test_the_command_answers_the_promised_forms(easel: Command, prompt: str) -> None:
+    answer = easel.json("generate", prompt, "--seed", "1")
+    assert answer["text"] == PROMISED[prompt]
+    assert answer["finish_reason"] == "eos"
+    assert {"job_id", "usage", "replica", "seed"} <= set(answer)
+
+
+def test_the_same_seed_gives_the_same_tokens_on_both_replicas(easel: Command) -> None:
+    words = ("generate", "count 31 to 41", "--seed", "5", "--max-denoising-steps", "3")
+    assert len({easel.json(*words)["text"] for _ in range(4)}) == 1
+
+
+def test_a_submitted_job_is_read_by_later_commands(easel: Command) -> None:
+    job_id = easel("submit", "sort 40718").stdout.split()[-1]
+    watched = easel("watch", job_id)
+    assert "01478" in watched.stdout
+    assert easel.json("get", job_id)["state"] == "succeeded"
+    assert job_id in easel("jobs", "--json").stdout
+
+
+def test_status_shows_two_replicas_and_their_slots(easel: Command) -> None:
+    status = easel.json("status")
+    assert (len(status["replicas"]), status["slots"]) == (2, 16)
+
+
+def test_a_second_up_is_refused_in_one_line(easel: Command) -> None:
+    second = easel("up")
+    assert second.returncode != 0
+    assert "already runs" in second.stderr
+    assert "easel down" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+def test_a_killed_replica_is_replaced_and_the_cluster_goes_on(easel: Command) -> None:
+    before = {row["replica"] for row in easel.json("status")["replicas"]}
+    victim = next(process for process in session_of(easel.record()["pid"]) if "Denoiser" in _title(process))
+    victim.send_signal(signal.SIGKILL)
+    assert easel.json("generate", "sort 40718", "--seed", "1")["text"] == "01478"
+    give_up_s = time.monotonic() + 60
+    while time.monotonic() < give_up_s:
+        now = {row["replica"] for row in easel.json("status")["replicas"]}
+        if len(now) == 2 and now != before:
+            return
+        time.sleep(0.5)
+    pytest.fail(f"no second replica came back: {now}")
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def test_down_leaves_no_process_and_says_so_twice(tmp_path: Path) -> None:
+    command = Command(tmp_path)
+    up = command("up", "--port", str(free_port()), "--replicas", "1", "--engine", "fake", timeout_s=UP_TIMEOUT_S)
+    assert up.returncode == 0, up.stderr
+    record = command.record()
+    assert command("down", timeout_s=120).returncode == 0
+    wait_until_gone(record["pid"], record["redis_pid"])
+    assert "no cluster runs" in command("down").stdout + command("down").stderr
+
+
+def test_ctrl_c_in_the_foreground_leaves_no_process(tmp_path: Path) -> None:
+    command = Command(tmp_path)
+    line = command.line("up", "--foreground", "--port", str(free_port()), "--replicas", "1", "--engine", "fake")
+    with subprocess.Popen(line, env=command.environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for said in process.stdout:
+            if "is up" in said:
+                break
+        record = command.record()
+        process.send_signal(signal.SIGINT)
+        process.wait(120)
+    wait_until_gone(record["pid"], record["redis_pid"])
+
+
+def test_a_killed_warden_leaves_nothing_after_down(tmp_path: Path) -> None:
+    command = Command(tmp_path)
+    up = command("up", "--port", str(free_port()), "--replicas", "1", "--engine", "fake", timeout_s=UP_TIMEOUT_S)
+    assert up.returncode == 0, up.stderr
+    record = command.record()
+    os.kill(record["pid"], signal.SIGKILL)
+    command("down", timeout_s=120)
+    wait_until_gone(record["pid"], record["redis_pid"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--checkpoint", "/nowhere"), "no such folder"),
+        (("--redis-url", "redis://127.0.0.1:1/0"), "cannot be reached"),
+        (("--redis-url", "http://x"), "redis url"),
+        (("--tp", "2"), "denoiser.tp"),
+        (("--replicas", "0"), "replicas"),
+        (("--port", "99999"), "port"),
+    ],
+)
+def test_a_cluster_that_cannot_come_up_says_why_in_one_line(
+    tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    done = Command(tmp_path)("up", *words, timeout_s=UP_TIMEOUT_S)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "local.json").exists()
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = Command(tmp_path)("up", "--port", str(port))
+    assert done.returncode != 0
+    assert f"port {port}" in done.stderr
