@@ -40,7 +40,7 @@ async def _messages(pause_s: float = 0.0) -> AsyncIterator[bytes]:
 
 async def _serve(stream: Any) -> tuple[grpc.aio.Server, int]:  # noqa: ANN401 - an untyped gRPC handler
     server = grpc.aio.server()
-    handlers = {"Stream": grpc.unary_stream_rpc_method_handler(stream)}
+    handlers: dict[str, Any] = {"Stream": grpc.unary_stream_rpc_method_handler(stream)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Path", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -51,7 +51,7 @@ async def _serve(stream: Any) -> tuple[grpc.aio.Server, int]:  # noqa: ANN401 - 
 class Denoiser:
     """Streams the messages on both paths."""
 
-    async def __init__(self) -> None:
+    async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
         self._server, self._port = await _serve(self._grpc)
 
     async def port(self) -> int:
@@ -74,10 +74,10 @@ class Denoiser:
 class Router:
     """Passes a stream on, by the path that the request names."""
 
-    async def __init__(self, denoiser: DeploymentHandle[Any]) -> None:
+    async def __init__(self, denoiser: DeploymentHandle[Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self._handle = denoiser.options(stream=True)
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{await denoiser.port.remote()}")
-        self._direct = self._channel.unary_stream(METHOD)
+        self._direct: Any = self._channel.unary_stream(METHOD)
         self._pid = await denoiser.pid.remote()
         self._server, self._port = await _serve(self._grpc)
 
@@ -103,13 +103,14 @@ class Router:
             yield message
 
     async def _stream(self, path: str, request: bytes) -> AsyncIterator[bytes]:
-        source = self._handle.stream.remote(request) if path == "handle" else self._direct(request)
+        source: Any = self._handle.stream.remote(request) if path == "handle" else self._direct(request)
         async for message in source:
             yield message
 
 
 def _deploy() -> DeploymentHandle[Any]:
-    return serve.run(Router.bind(Denoiser.bind()), name="paths", route_prefix=None)
+    application = Router.bind(Denoiser.bind())  # type: ignore[attr-defined]  # the decorator makes a Deployment
+    return serve.run(application, name="paths", route_prefix=None)
 
 
 async def _drain(call: Any, path: str) -> float:  # noqa: ANN401 - an untyped gRPC call
@@ -122,7 +123,7 @@ async def _drain(call: Any, path: str) -> float:  # noqa: ANN401 - an untyped gR
 async def _measure(port: int, path: str) -> tuple[float, float]:
     """(median ms of a stream alone, streams per second at AT_ONCE)."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        call = channel.unary_stream(METHOD)
+        call: Any = channel.unary_stream(METHOD)
         await _drain(call, path)
         alone_ms = statistics.median([await _drain(call, path) for _ in range(ALONE)])
         start_s = time.perf_counter()

@@ -164,10 +164,14 @@ class EaselClient:
         prompt: Prompt | None = None,
         *,
         tokens: Sequence[int] | None = None,
+        drafts: bool = False,
         **options: Unpack[RequestOptions],
     ) -> JobView:
-        """Store a job and return at once; read it later with `get` or `watch`. Raises an EaselError."""
-        request = jobs_pb2.SubmitRequest(request=self._request(prompt, tokens, options, drafts=False))
+        """Store a job and return at once; read it later with `get` or `watch`. Raises an EaselError.
+
+        With `drafts` its replica makes drafts, for a `watch` that asks for them.
+        """
+        request = jobs_pb2.SubmitRequest(request=self._request(prompt, tokens, options, drafts=drafts))
         return job_from_proto(await self._unary(self._jobs.Submit, request, self._rpc_timeout_s))
 
     async def get(self, job_id: str) -> JobView:

@@ -15,7 +15,7 @@ from cluster.rpc import convert
 from cluster.rpc.easel.v1 import generation_pb2 as v1
 from cluster.rpc.easel.v1 import jobs_pb2 as jobs
 from cluster.rpc.easel.v1 import jobs_pb2_grpc as jobs_grpc
-from cluster.rpc.requests import check_from_canvas, check_job_id, parse_list
+from cluster.rpc.requests import check_from_canvas, check_job_id, parse_list, under
 from deployments.intake import Intake
 from deployments.supervisor import Supervisor
 from deployments.watch import stored_canvases
@@ -33,7 +33,8 @@ class JobService(jobs_grpc.JobsServicer):
         self, request: jobs.SubmitRequest, context: grpc.aio.ServicerContext[jobs.SubmitRequest, jobs.Job]
     ) -> jobs.Job:
         """See jobs.proto. The call's own deadline bounds the call, not the job."""
-        ticket = await self._intake.admit(request.request, deadline_s=None, drafts=True)
+        with under("request"):
+            ticket = await self._intake.admit(request.request, deadline_s=None, drafts=True)
         return _job(await self._store.get(ticket.spec.job_id))
 
     async def Get(  # noqa: N802

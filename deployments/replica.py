@@ -17,6 +17,7 @@ from cluster.jobs.records import ReplicaHello
 from cluster.jobs.store import JobStore
 from cluster.rpc.easel.internal.v1 import denoiser_pb2_grpc as pb_grpc
 from cluster.rpc.interceptors import EdgeInterceptor
+from cluster.rpc.options import server_options
 from deployments.denoiser import Denoiser
 from deployments.engine.api import Engine
 from deployments.heartbeat import Heartbeat
@@ -50,7 +51,7 @@ class Replica:
         self._heartbeat = Heartbeat(self._beat, every_s=state.heartbeat_ms / 1000, name=name)
         self._server = grpc.aio.server(
             interceptors=(EdgeInterceptor(max_request_bytes=INTERNAL_MAX_BYTES),),
-            options=(("grpc.max_receive_message_length", INTERNAL_MAX_BYTES), ("grpc.so_reuseport", 0)),
+            options=server_options(INTERNAL_MAX_BYTES),
         )
         self._address = ""
 

@@ -6,15 +6,11 @@ import asyncio
 
 import grpc
 
+from cluster.rpc.options import channel_options
 from cluster.rpc.easel.internal.v1 import denoiser_pb2_grpc as pb_grpc
 
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),  # both ends are ours; a canvas's draft is the largest message
-    ("grpc.enable_retries", 0),  # a job is retried by its state, never by its transport
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.use_local_subchannel_pool", 1),
-)
+# A job is retried by its state, never by its transport.
+CHANNEL_OPTIONS = (*channel_options(), ("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1))
 
 
 class Replicas:

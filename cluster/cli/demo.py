@@ -73,7 +73,7 @@ async def run_demo(address: str, jobs: list[DemoJob], console: Console) -> bool:
         wall_s = time.perf_counter() - started_s
     console.print()
     console.print(summary_table(jobs))
-    console.print(totals_line(jobs, wall_s), highlight=False)
+    console.print(totals_line(jobs, wall_s), soft_wrap=True)
     return all(job.is_right for job in jobs)
 
 

@@ -30,7 +30,7 @@ def submit(prompt: str, as_json: bool, address: str | None, **values: Any) -> No
     """
     options = to_request_options(values)
     text = read_prompt(prompt)
-    job = with_client(address, lambda client: client.submit(text, **options))
+    job = with_client(address, lambda client: client.submit(text, drafts=True, **options))
     if as_json:
         print_json(job_json(job))
     else:

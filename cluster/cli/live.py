@@ -28,7 +28,10 @@ def on_terminal() -> bool:
 
 def make_console() -> Console:
     """Standard output; wide where it is no terminal, so that tables are not cut there."""
-    return Console() if on_terminal() else Console(width=PIPE_COLUMNS, force_terminal=False)
+    # Without markup: brackets in a prompt or a tenant are text, not styles.
+    if on_terminal():
+        return Console(markup=False, highlight=False)
+    return Console(width=PIPE_COLUMNS, force_terminal=False, markup=False, highlight=False)
 
 
 @dataclass(slots=True)

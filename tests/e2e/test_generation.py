@@ -7,8 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2  # type: ignore[import-untyped]
-from grpc_status import rpc_status
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # ships no type information
 
 from cluster.client import Accepted, Committed, Draft, Finished
 from cluster.errors import DeadlineExceeded, InvalidRequest, JobCancelled, QueueFull, RequestIdReused
@@ -106,7 +105,8 @@ async def test_a_full_queue_is_refused_with_the_time_to_come_back(start: Start) 
         for call in calls:
             call.cancel()
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    details = rpc_status.from_call(caught.value).details
+    metadata = dict(caught.value.trailing_metadata() or ())
+    details = status_pb2.Status.FromString(metadata["grpc-status-details-bin"]).details
     retry = error_details_pb2.RetryInfo()
     assert any(detail.Unpack(retry) for detail in details)
     assert retry.retry_delay.ToMilliseconds() == 1500

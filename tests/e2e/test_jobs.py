@@ -112,7 +112,7 @@ async def test_health_and_reflection_answer_as_the_standard_says(start: Start) -
         for service in ("", "easel.v1.Generation", "easel.v1.Jobs"):
             reply = await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
-        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[arg-type]  # aio is fine
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         async for listed in reflection.ServerReflectionInfo(iter([request])):
             names = {service.name for service in listed.list_services_response.service}

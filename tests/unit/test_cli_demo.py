@@ -24,7 +24,7 @@ from tests.unit.test_cli import local_cluster
 
 def console() -> tuple[Console, io.StringIO]:
     written = io.StringIO()
-    return Console(file=written, width=140), written
+    return Console(file=written, width=140, markup=False), written
 
 
 async def test_the_demo_runs_all_prompts_and_sums_up() -> None:

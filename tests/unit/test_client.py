@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -245,6 +247,13 @@ async def test_nobody_at_the_address_is_said_plainly() -> None:
             await client.generate("x")
         with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1 is not ready after 0\.2 s: no cluster answers"):
             await client.wait_ready(0.2)
+
+
+def test_the_client_needs_neither_ray_nor_torch() -> None:
+    heavy = "sorted({'ray', 'torch', 'redis', 'numpy', 'deployments'} & set(sys.modules))"
+    code = f"import sys, cluster.client; print({heavy})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_back_off_grows_and_follows_the_server() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -263,20 +264,23 @@ def test_the_digest_is_that_of_the_body() -> None:
     assert parse(same).digest == base
 
 
-@given(st.binary(max_size=64))
-def test_any_message_is_parsed_or_refused_and_nothing_else(data: bytes) -> None:
-    try:
-        request = Request.FromString(data)
-    except Exception:
-        return
-    try:
-        parsed = parse(request)
-    except InvalidRequest as error:
-        assert error.violations
-        assert all(v.field and v.description for v in error.violations)
-    else:
-        room = CARD.max_context_tokens - len(parsed.spec.prompt_tokens)
-        assert CARD.canvases_for(parsed.spec.sampling.max_new_tokens) * CARD.canvas_tokens <= room
+@given(
+    st.integers(0, 300),
+    st.none() | st.integers(-(2**31), 2**31 - 1),
+    st.none() | st.floats(),
+    st.none() | st.floats(),
+)
+def test_what_passes_fits_the_model(
+    prompt_tokens: int, max_new_tokens: int | None, t_min: float | None, t_max: float | None
+) -> None:
+    request = sampled(max_new_tokens=max_new_tokens, t_min=t_min, t_max=t_max)
+    request.ClearField("text")
+    request.token_ids.extend([5] * prompt_tokens)
+    with contextlib.suppress(InvalidRequest):
+        sampling = parse(request).spec.sampling
+        new_tokens = CARD.canvases_for(sampling.max_new_tokens) * CARD.canvas_tokens
+        assert 0 < prompt_tokens <= CARD.max_context_tokens - new_tokens
+        assert 0 < sampling.t_min <= sampling.t_max <= 100
 
 
 def test_under_names_the_field_around_a_request() -> None:

@@ -249,7 +249,7 @@ class GenerateRequest(_message.Message):
     tenant: _builtins.str
     """Whom the job is for, at most 128 characters; reported back, and a key for quotas."""
     drafts: _builtins.bool
-    """Send the canvas in progress after every denoising step (StreamGenerate only)."""
+    """Send the canvas in progress after every denoising step (StreamGenerate, and Watch after Submit)."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """A conversation, rendered with the checkpoint's chat template."""

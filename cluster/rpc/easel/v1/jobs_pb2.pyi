@@ -182,7 +182,7 @@ class SubmitRequest(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def request(self) -> _generation_pb2.GenerateRequest:
-        """The job. Its `drafts` is ignored; Watch asks for drafts itself."""
+        """The job. Its `drafts` has the replica make drafts, so that a Watch can ask for them."""
 
     def __init__(
         self,
@@ -233,7 +233,7 @@ class WatchJobRequest(_message.Message):
     from_canvas: _builtins.int
     """Index of the first canvas to send: 0 for all."""
     drafts: _builtins.bool
-    """Send the canvas in progress after every denoising step, where this router runs the job."""
+    """Send the canvas in progress after every denoising step, where this router runs the job and it makes drafts."""
     def __init__(
         self,
         *,
