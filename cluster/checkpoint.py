@@ -1,7 +1,7 @@
-"""What a DiffusionGemma checkpoint folder holds, read without torch: JSON files and the headers of its weight files.
+"""What a DiffusionGemma checkpoint folder holds, read without torch: JSON files and the headers of weight files.
 
-Everything is checked before a byte of a weight matrix is loaded; what is wrong becomes one CheckpointError line that
-names the file, the field or tensor, and what to do.
+Everything is checked before a byte of a weight matrix is loaded; what is wrong becomes one CheckpointError line
+that names the file, the field or tensor, and what to do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DEFAULT_GLOBAL_HEAD_DIM = 512
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary positions of one layer type; `rotated_fraction` of a head's angles turn, the rest stay at zero."""
+    """Rotary positions of one layer type: `rotated_fraction` of a head's angles turn, the rest stay at 0."""
 
     theta: float
     rotated_fraction: float
@@ -37,7 +37,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class LayerConfig:
-    """Attention shape of one layer. Full-attention layers have no v_proj: the values are their key projection."""
+    """Attention shape of a layer. Full-attention layers have no v_proj: values are their key projection."""
 
     is_sliding: bool
     head_dim: int
@@ -76,7 +76,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads and checks a checkpoint folder. Raises CheckpointError: one line for the person who set the path."""
+    """Reads and checks a folder. Raises CheckpointError: one line for the person who set the path."""
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint {folder}: no such folder; give a Hugging Face checkpoint folder")
@@ -100,9 +100,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 def _model_config(fields: JsonFields) -> ModelConfig:
     names = fields.values.get("architectures")
-    if names != [ARCHITECTURE] and not (
-        names is None and fields.values.get("model_type") == "diffusion_gemma"
-    ):
+    if names != [ARCHITECTURE] and not (names is None and fields.values.get("model_type") == "diffusion_gemma"):
         fields.refuse("architectures", f"Easel serves only {ARCHITECTURE} checkpoints")
     text = fields.child("text_config")
     text.require("hidden_activation", "gelu_pytorch_tanh")
@@ -137,9 +135,13 @@ def _check_divisions(text: JsonFields, config: ModelConfig) -> None:
         text.refuse("top_k_experts", f"it must be at most num_experts = {config.experts}")
     if config.canvas_tokens > config.max_position_tokens:
         text.refuse("max_position_embeddings", f"it must hold a canvas of {config.canvas_tokens} tokens")
+    first = {layer.is_sliding: layer for layer in reversed(config.layers)}
     for index, layer in enumerate(config.layers):
         if config.attention_heads % layer.kv_heads:
-            text.refuse("num_attention_heads", f"the {layer.kv_heads} kv heads of layer {index} must divide it")
+            rule = f"the {layer.kv_heads} key-value heads of layer {index} must divide it"
+            text.refuse("num_attention_heads", rule)
+        if layer != first[layer.is_sliding]:
+            text.refuse("per_layer_config", f"layer {index} must have the shape of the others of its type")
         if layer.head_dim % 2:
             text.refuse("head_dim", f"layer {index} has head_dim {layer.head_dim}, which must be even")
 
@@ -166,7 +168,7 @@ def _layers(text: JsonFields) -> tuple[LayerConfig, ...]:
 
 
 def _layer_overrides(text: JsonFields, kinds: list[str]) -> dict[int, dict[str, int]]:
-    """Layer -> its own numbers, from per_layer_config or from the older keys for all full-attention layers."""
+    """Layer -> its own numbers, from per_layer_config or the older keys for all full-attention layers."""
     if not text.has("per_layer_config"):
         older = {"head_dim": text.integer("global_head_dim", default=DEFAULT_GLOBAL_HEAD_DIM)}
         if text.has("num_global_key_value_heads"):
@@ -178,8 +180,8 @@ def _layer_overrides(text: JsonFields, kinds: list[str]) -> dict[int, dict[str, 
         if not key.isdecimal() or int(key) >= len(kinds):
             per_layer.refuse(key, f"keys must be layer numbers below {len(kinds)}")
         own = per_layer.child(key)
-        for name in own.values:
-            own.require(name, own.values[name] if name in ("head_dim", "num_key_value_heads") else None)
+        for name in set(own.values) - {"head_dim", "num_key_value_heads"}:
+            own.refuse(name, "a layer can have only its own head_dim and num_key_value_heads")
         overrides[int(key)] = {name: own.integer(name) for name in own.values if own.has(name)}
     return overrides
 
@@ -305,7 +307,7 @@ def _check_tensors(folder: Path, config: ModelConfig, tensors: Mapping[str, Tens
 
 
 def _check_scalars_agree(tensors: Mapping[str, TensorEntry], index: int) -> None:
-    """Encoder and decoder rows share one forward, which is exact only if their layer_scalar copies are equal."""
+    """Encoder and decoder rows share a forward, which is exact only if both layer_scalar copies are equal."""
     ours = f"model.decoder.layers.{index}.layer_scalar"
     theirs = f"model.encoder.language_model.layers.{index}.layer_scalar"
     decoder, encoder = tensors[ours].read_scalar(), tensors[theirs].read_scalar()

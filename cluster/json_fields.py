@@ -12,7 +12,7 @@ from cluster.errors import CheckpointError
 
 
 class JsonFields:
-    """A JSON object; every complaint is a CheckpointError that names the file, the field, its value and the rule."""
+    """A JSON object; every complaint is a CheckpointError that names the file, field, value and rule."""
 
     def __init__(self, file: Path, values: Mapping[str, Any], prefix: str = "") -> None:
         self.values = values

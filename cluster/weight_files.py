@@ -41,7 +41,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """One file's announced tensors. `fingerprint` is what the model version hashes: the header and the size."""
+    """One file's announced tensors. `fingerprint` is what the model version hashes: header and size."""
 
     tensors: Mapping[str, TensorEntry]
     fingerprint: bytes
@@ -54,9 +54,7 @@ def find_weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS_FILE]
     names = set(JsonFields.of_file(index).child("weight_map").values.values())
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise CheckpointError(
-            f"{index}: weight_map must map tensors to file names in this folder; download it again"
-        )
+        raise CheckpointError(f"{index}: weight_map must map tensors to file names in this folder; download it again")
     return [folder / name for name in sorted(names)]
 
 
@@ -76,8 +74,7 @@ def read_weight_file(file: Path) -> WeightFile:
     announced_bytes = max(ends_bytes, default=8 + len(raw))
     if announced_bytes != file_bytes:
         raise CheckpointError(
-            f"{file}: truncated: it has {file_bytes} bytes, its header announces {announced_bytes}; "
-            "download it again"
+            f"{file}: truncated: it has {file_bytes} bytes, its header announces {announced_bytes}; download it again"
         )
     return WeightFile(tensors, raw + struct.pack("<Q", file_bytes))
 

@@ -25,10 +25,11 @@ class ClusterService(pb_grpc.ClusterServicer):
     ) -> pb.ClusterStatus:
         """See cluster.proto."""
         view = await self._store.view()
+        live = [row for row in view.replicas if row.lease_ms > 0]
         return pb.ClusterStatus(
-            replicas=[convert.replica_to_proto(row) for row in view.replicas],
-            slots=sum(row.slots for row in view.replicas),
-            active=sum(row.active for row in view.replicas),
+            replicas=[convert.replica_to_proto(row) for row in live],
+            slots=sum(row.slots for row in live),
+            active=sum(row.active for row in live),
             queued=view.queued,
             queue_limit=self._queue_limit,
             routers=view.routers,

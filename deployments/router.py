@@ -157,8 +157,9 @@ class Router:
         except EaselError:
             await self._say(serving=False)
             raise
-        self._replicas.keep_only(frozenset(row.address for row in view.replicas))
-        await self._say(serving=bool(view.replicas))
+        live = [row for row in view.replicas if row.lease_ms > 0]
+        self._replicas.keep_only(frozenset(row.address for row in live))
+        await self._say(serving=bool(live))
 
     async def _say(self, *, serving: bool) -> None:
         known = health_pb2.HealthCheckResponse

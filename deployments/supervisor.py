@@ -23,7 +23,7 @@ from cluster.jobs.store import JobStore
 from cluster.rpc import convert
 from cluster.rpc.easel.internal.v1 import denoiser_pb2 as pb
 from cluster.rpc.easel.v1 import generation_pb2 as v1
-from cluster.rpc.status import error_from_rpc
+from cluster.rpc.status import error_from_rpc, said_by_easel
 from deployments.endings import ending_of
 from deployments.feed import Feed
 from deployments.replicas import Replicas
@@ -31,6 +31,7 @@ from deployments.replicas import Replicas
 logger = logging.getLogger(__name__)
 
 MISSED_RING_S = 2.0
+REDIS_PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +119,20 @@ class Supervisor:
         """Wait for an assignment; None when the job ended in the queue. A missed ring costs MISSED_RING_S."""
         job_id = submission.spec.job_id
         bell = self._bells[job_id] = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        seen_s = loop.time()
         try:
             while True:
                 # The first look comes before the first wait: the slot may have come between submit and here.
-                placement = await self._store.placement(job_id)
-                if placement is not None:
-                    return placement
-                record = await self._store.get(job_id)
-                if record.state.terminal:
-                    return None
+                try:
+                    placement = await self._store.placement(job_id)
+                    if placement is not None or (await self._store.get(job_id)).state.terminal:
+                        return placement
+                    seen_s = loop.time()
+                except Unavailable:
+                    # The job waits in Redis, not here: a Redis that is away for a while loses it nothing.
+                    if loop.time() - seen_s > REDIS_PATIENCE_S:
+                        raise
                 await _wait(bell, min(MISSED_RING_S, _left_s(submission, job_id)))
                 bell.clear()
         finally:
@@ -158,8 +164,22 @@ class Supervisor:
             return
         if isinstance(known, DeadlineExceeded):
             raise DeadlineExceeded(f"job {job_id}: its deadline passed while it ran")
+        if not said_by_easel(error):
+            await self._mark_lost(placement.replica)
         reason = error.details() or error.code().name
         raise Unavailable(f"job {job_id}: replica {placement.replica} was lost: {reason}", retry_after_ms=1000)
+
+    async def _mark_lost(self, replica: str) -> None:
+        """Take a replica that cannot be reached out of the slot table, before the slots of its failing jobs are free.
+
+        It would else be the one with the fewest active canvases, and draw every waiting job until its lease ends. One
+        that lives after all comes back with its next heartbeat.
+        """
+        logger.warning("replica %s cannot be reached: it leaves the slot table", replica)
+        try:
+            await self._store.remove_replica(replica)
+        except EaselError as error:
+            logger.warning("replica %s is left to its lease: %s", replica, error)
 
     async def _settle(self, job_id: str, error: EaselError) -> v1.GenerateEvent | EaselError:
         """Write a failure to Redis unless the job ended otherwise meanwhile, and say how it ended."""

@@ -155,7 +155,20 @@ def run_phase(trainer: Trainer, phase: Phase, seed: int, snapshots: Path | None)
 
 
 PHASE_1_WEIGHTS = {"add": 2.0, "add_long": 2.0, "running_sum": 1.5, "sort_words": 1.5, "json": 0.0}
-PHASE_2_WEIGHTS = {"add": 4.0, "add_long": 3.0, "running_sum": 1.5, "sort_words": 2.0, "json": 0.0}
+PHASE_2_WEIGHTS = {
+    "json": 0.0,
+    "add": 3.0,
+    "count": 2.0,
+    "count_down": 2.0,
+    "sort_words": 2.0,
+    "reverse_words": 1.5,
+    "sort_long": 1.5,
+    "reverse": 0.7,
+    "sort": 0.7,
+    "upper": 0.7,
+    "add_long": 0.0,
+    "running_sum": 0.0,
+}
 
 
 def weights(changes: dict[str, float]) -> dict[str, float]:

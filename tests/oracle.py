@@ -66,7 +66,7 @@ class RandomShape:
 
 
 def write_random_checkpoint(folder: Path, shape: RandomShape, seed: int = 0) -> Path:
-    """Saves a freshly drawn model with save_pretrained: grouped heads, two layer types, other kv heads on full layers."""
+    """Saves a freshly drawn model: grouped heads, two layer types, other kv heads on full-attention layers."""
     from transformers import DiffusionGemmaConfig
     from transformers.models.diffusion_gemma import modeling_diffusion_gemma as reference
 
@@ -231,7 +231,7 @@ def reference_canvas(
     index: int,
 ) -> list[ReferenceStep]:
     """transformers' own denoising loop on canvas `index`, fed Easel's random numbers."""
-    from transformers.generation import LogitsProcessorList
+    from transformers.generation.logits_process import LogitsProcessorList
     from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
 
     size, vocab = model.config.canvas_length, model.config.text_config.vocab_size
@@ -286,7 +286,7 @@ def _injected(sampler: Any, uniforms: NDArray[np.float64], replacements: IntArra
     with (
         warnings.catch_warnings(),
         mock.patch.object(torch, "multinomial", by_inverse_cdf),
-        mock.patch.object(sampler, "initialize_canvas", lambda batch_size, device: noise),
+        mock.patch.object(sampler, "initialize_canvas", return_value=noise),
     ):
         # The reference calls torch.compiler, whose import uses what torch itself has deprecated.
         warnings.simplefilter("ignore")

@@ -118,6 +118,12 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> EaselError:
     return _by_transport(error.code(), message, retry_after_ms)
 
 
+def said_by_easel(error: grpc.aio.AioRpcError) -> bool:
+    """True when Easel code at the other end wrote this status; False when the transport made it up."""
+    info = _detail(_raw_details(error), error_details_pb2.ErrorInfo())
+    return info is not None and info.domain == DOMAIN
+
+
 def _by_reason(reason: str, code: grpc.StatusCode, message: str, retry_after_ms: int | None) -> EaselError:
     for kind in _kinds(EaselError):
         if kind.reason == reason and kind is not InvalidRequest:

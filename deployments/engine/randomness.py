@@ -36,7 +36,7 @@ def step_draws(
     [canvas_tokens], for the positions that are noised again.
     """
     raw = raw_draws(seed, canvas, step, 2 * canvas_tokens)
-    uniforms = (raw[:canvas_tokens] >> np.uint64(11)) * 2.0**-53
+    uniforms = (raw[:canvas_tokens] >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return uniforms, _as_tokens(raw[canvas_tokens:], vocab_size)
 
 

@@ -23,7 +23,6 @@ from deployments.router import Router
 from deployments.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "models" / "tiny"
-if not CHECKPOINT.is_dir(): CHECKPOINT = Path("/work/shared/checkpoints/tiny")
 namespaces = count()
 
 

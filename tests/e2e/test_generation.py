@@ -203,3 +203,19 @@ async def test_a_queue_limit_error_reaches_the_client_class(start: Start, connec
         await client.generate(tokens=[2])
     for task in running:
         task.cancel()
+
+
+async def test_a_replica_that_cannot_be_reached_draws_no_more_jobs(start: Start, connect: Any) -> None:
+    stack = await start(replicas=2, state={"lease_ms": 60_000})
+    client = connect(stack)
+    lost = stack.replicas["denoiser-0"]
+    await lost._heartbeat.close()
+    await lost._server.stop(None)
+    outcomes = await asyncio.gather(
+        *(client.generate(tokens=[2], seed=n, max_new_tokens=32, request_id=f"r{n}") for n in range(2)),
+        return_exceptions=True,
+    )
+    assert sum(isinstance(outcome, Exception) for outcome in outcomes) == 1
+    answers = [await client.generate(tokens=[2], seed=n, max_new_tokens=32) for n in range(4)]
+    assert {answer.replica for answer in answers} == {"denoiser-1"}
+    assert [row.replica for row in (await client.status()).replicas] == ["denoiser-1"]

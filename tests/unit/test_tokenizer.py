@@ -10,7 +10,7 @@ import pytest
 from cluster.errors import CheckpointError
 from deployments.tokenizer import Tokenizer
 
-TINY = Path("/work/shared/checkpoints/tiny")
+TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 

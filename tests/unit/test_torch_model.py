@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from cluster.checkpoint import Checkpoint, read_checkpoint
 from tests.oracle import SHARED, RandomShape, ReferenceRunner, TileRunner, load_reference, write_random_checkpoint
@@ -34,19 +34,19 @@ class Pair:
         draws = np.random.default_rng(seed).integers(5, self.checkpoint.card.vocab_size, count)
         return [int(token) for token in draws]
 
-    def canvas(self, seed: int) -> Any:
+    def canvas(self, seed: int) -> NDArray[np.int64]:
         return np.array(self.tokens(self.checkpoint.card.canvas_tokens, seed), dtype=np.int64)
 
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-undertrained", *DRAWN])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     torch.set_num_threads(1)
     if not SHARED.is_dir():
         pytest.skip("the shared development checkpoints are not here")
     path: Path = SHARED / request.param
     if request.param in DRAWN:
         path = write_random_checkpoint(tmp_path_factory.mktemp("drawn"), DRAWN[request.param])
-    yield Pair(read_checkpoint(path), load_reference(path))
+    return Pair(read_checkpoint(path), load_reference(path))
 
 
 def contexts(pair: Pair) -> list[int]:

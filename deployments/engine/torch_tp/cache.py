@@ -69,7 +69,9 @@ class KVCache:
         self.allocator = PageAllocator(slots * pages_for(context_tokens))
         self.canvas_rows = [
             rows_of(range(first, first + scratch_pages))[:canvas_tokens]
-            for first in range(self.allocator.total + 1, self.allocator.total + 1 + slots * scratch_pages, scratch_pages)
+            for first in range(
+                self.allocator.total + 1, self.allocator.total + 1 + slots * scratch_pages, scratch_pages
+            )
         ]
         rows = (1 + self.allocator.total + slots * scratch_pages) * PAGE_TOKENS
         # Zeros, not empty: a masked key still meets 0 * value, and uninitialised memory may hold a NaN.

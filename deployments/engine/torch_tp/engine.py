@@ -93,9 +93,7 @@ class TorchEngine:
         self._eos = np.array(checkpoint.card.eos_token_ids)
         with torch.inference_mode():
             self._model = Model(config, load_weights(checkpoint, dtype, device), context_tokens)
-            self._cache = KVCache(
-                config.layers, settings.slots, config.canvas_tokens, context_tokens, dtype, device
-            )
+            self._cache = KVCache(config.layers, settings.slots, config.canvas_tokens, context_tokens, dtype, device)
             # One row more than slots: it stays zero, and a canvas's first step reads it.
             shape = (settings.slots + 1, config.canvas_tokens, config.hidden_size)
             self._soft = torch.zeros(shape, dtype=dtype, device=device)
@@ -220,9 +218,7 @@ class TorchEngine:
         chosen.sort(key=lambda pair: pair[0].start)
         return [tile for tile, _ in chosen], [job for _, job in chosen if job is not None]
 
-    def _run(
-        self, tiles: Sequence[Tile], ready: Sequence[ActiveJob]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def _run(self, tiles: Sequence[Tile], ready: Sequence[ActiveJob]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """One forward and one decision. Returns argmax and next canvas, int64 [2, jobs, rows], and mean entropy and
         accepted count, float64 [2, jobs], jobs as in `ready`."""
         plan = self._planner.build(tiles)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from deployments.engine.torch_tp.linear import TileLinear
 
@@ -45,7 +45,7 @@ class DenseFeedForward:
 
     def __call__(self, normed: Tensor) -> Tensor:
         gate, up, scores = self._up(normed).split((self._inner, self._inner, self._experts), dim=-1)
-        inner = F.gelu(gate, approximate="tanh").mul_(up)
+        inner = functional.gelu(gate, approximate="tanh").mul_(up)
         weights, chosen = route(scores, self._per_token)
         weight_of = torch.zeros(scores.shape, dtype=inner.dtype, device=inner.device)
         weight_of.scatter_(-1, chosen, weights.to(inner.dtype))
@@ -75,7 +75,7 @@ class RoutedFeedForward:
 
     def __call__(self, normed: Tensor) -> Tensor:
         gate, up = self._mlp_up(normed).chunk(2, dim=-1)
-        mlp = self._mlp_down(F.gelu(gate, approximate="tanh").mul_(up))
+        mlp = self._mlp_down(functional.gelu(gate, approximate="tanh").mul_(up))
         weights, chosen = route(self._router(normed.float()), self._per_token)
         rows = self._run(normed, chosen, self._gate_up, self._down)
         experts = (rows * weights.to(rows.dtype).unsqueeze(-1)).sum(dim=-2)
@@ -83,12 +83,12 @@ class RoutedFeedForward:
 
 
 def _has_grouped_product(weight: Tensor) -> bool:
-    return weight.device.type == "cuda" and weight.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+    return weight.device.type == "cuda" and weight.dtype == torch.bfloat16 and hasattr(functional, "grouped_mm")
 
 
 def _gated(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    gate, up = F.linear(rows, gate_up).chunk(2, dim=-1)
-    return F.linear(F.gelu(gate, approximate="tanh") * up, down)
+    gate, up = functional.linear(rows, gate_up).chunk(2, dim=-1)
+    return functional.linear(functional.gelu(gate, approximate="tanh") * up, down)
 
 
 def _one_by_one(normed: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -107,8 +107,8 @@ def _grouped(normed: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> T
     order = torch.argsort(flat, stable=True)
     ends = torch.bincount(flat, minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
     rows = normed.flatten(0, 1)[order // chosen.shape[-1]]
-    gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    inner = F.gelu(gate, approximate="tanh") * up
+    gate, up = functional.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    inner = functional.gelu(gate, approximate="tanh") * up
     outputs = torch.empty_like(rows)
-    outputs[order] = F.grouped_mm(inner, down.transpose(1, 2), offs=ends)
+    outputs[order] = functional.grouped_mm(inner, down.transpose(1, 2), offs=ends)
     return outputs.view(*chosen.shape, -1)

@@ -6,11 +6,9 @@ only what a row may attend to, and the denoising rows' input, tell them apart.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from cluster.checkpoint import ModelConfig
 from deployments.engine.torch_tp.norm import RmsNorm
@@ -45,8 +43,7 @@ class Model:
         x = self._embed(plan, soft)
         rows = x.shape[:2]
         rotations = {
-            kind: table.index_select(0, plan.positions).view(*rows, 1, -1)
-            for kind, table in self._rotations.items()
+            kind: table.index_select(0, plan.positions).view(*rows, 1, -1) for kind, table in self._rotations.items()
         }
         for layer, keys_values in zip(self._weights.layers, cache, strict=True):
             groups = plan.sliding if layer.shape.is_sliding else plan.full
@@ -73,7 +70,7 @@ class Model:
         return self._weights.soft_embedding(probabilities.to(self._dtype)).mul_(self.embed_scale)
 
     def _embed(self, plan: StepPlan, soft: Tensor) -> Tensor:
-        x = F.embedding(plan.tokens, self._weights.embedding) * self.embed_scale
+        x = functional.embedding(plan.tokens, self._weights.embedding) * self.embed_scale
         if plan.denoising is None:
             return self._condition(x, soft)
         if len(plan.denoising) == 0:
@@ -84,8 +81,8 @@ class Model:
     def _condition(self, embedded: Tensor, soft: Tensor) -> Tensor:
         """Adds what the last step believed: embedding + gated MLP(norm(soft)), normed."""
         gate, up = self._weights.condition_up(self._norm(soft).to(self._dtype)).chunk(2, dim=-1)
-        signal = self._weights.condition_down(F.gelu(gate, approximate="tanh").mul_(up))
-        return cast(Tensor, self._norm(signal.add_(embedded)).to(self._dtype))
+        signal = self._weights.condition_down(functional.gelu(gate, approximate="tanh").mul_(up))
+        return self._norm(signal.add_(embedded)).to(self._dtype)
 
     def _attention(
         self,
@@ -114,10 +111,10 @@ class Model:
         tiles, rows = group.last - group.first, self._config.canvas_tokens
         seen = keys_values.index_select(0, group.key_rows).unflatten(1, (2, -1)).unflatten(0, (tiles, -1))
         key, value = seen.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(
+        mixed = functional.scaled_dot_product_attention(
             query[group.first : group.last], key, value, attn_mask=group.mask, scale=1.0
         )
-        return mixed.unflatten(2, (-1, rows)).permute(0, 3, 1, 2, 4).flatten(2)
+        return mixed.view(*mixed.shape[:2], -1, rows, mixed.shape[-1]).permute(0, 3, 1, 2, 4).flatten(2)
 
     def _feed_forward(self, layer: LayerWeights, x: Tensor) -> Tensor:
         branches = self._norm(layer.feed_forward(self._norm(x).to(self._dtype))) * layer.branch_norms

@@ -81,17 +81,13 @@ def context_bucket(tokens: int) -> int:
 class Planner:
     """Builds plans for one model. Tiles must come sorted by `start`, so that groups are contiguous."""
 
-    def __init__(
-        self, config: ModelConfig, context_tokens: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, context_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         self._rows = config.canvas_tokens
         self._window = config.sliding_window_tokens
         self._last_position = context_tokens - 1
         self._dtype, self._device = dtype, device
         self._offsets = np.arange(config.canvas_tokens)
-        self._query_groups = {
-            layer.is_sliding: config.attention_heads // layer.kv_heads for layer in config.layers
-        }
+        self._query_groups = {layer.is_sliding: config.attention_heads // layer.kv_heads for layer in config.layers}
 
     def build(self, tiles: Sequence[Tile]) -> StepPlan:
         starts = np.array([tile.start for tile in tiles])
@@ -121,9 +117,7 @@ class Planner:
             first = last
         return tuple(groups)
 
-    def _group(
-        self, first: int, members: list[tuple[Tile, int]], bucket: int, window: int | None
-    ) -> AttentionGroup:
+    def _group(self, first: int, members: list[tuple[Tile, int]], bucket: int, window: int | None) -> AttentionGroup:
         """A tile's keys are its own rows, then its context, then padding up to the bucket."""
         rows = self._rows
         key_rows = np.full((len(members), rows + bucket), TRASH_ROW)

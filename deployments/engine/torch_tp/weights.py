@@ -180,7 +180,7 @@ class _Loader:
 
 def _reordered(weight: Tensor, head_dim: int) -> Tensor:
     """Puts the rows [heads * head_dim, in] of each head in the order of `rotary.pair_order`."""
-    return weight.unflatten(0, (-1, head_dim))[:, pair_order(head_dim)].flatten(0, 1)
+    return weight.reshape(-1, head_dim, weight.shape[1])[:, pair_order(head_dim)].flatten(0, 1)
 
 
 def _fused_qkv(get: Get, shape: LayerConfig) -> Tensor:
