@@ -123,7 +123,7 @@ def _actor_options(denoiser: DenoiserSettings) -> dict[str, float]:
 
 def _reachable(host: str) -> str:
     """The address that others dial for a server bound to `host`: this node's own where it is bound to all."""
-    if host == "0.0.0.0":  # noqa: S104
+    if host == "0.0.0.0":
         return str(ray.util.get_node_ip_address())
     return host
 

@@ -6,11 +6,11 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
-from cluster.core import Canvas, FinishReason
+from cluster.core import Canvas, FinishReason, Usage
 from cluster.errors import EaselError, EngineError, JobCancelled, StaleEpoch, TransitionError, Unavailable
 from cluster.jobs.records import AssignedJob, JobFailure
 from cluster.jobs.store import JobStore
@@ -23,6 +23,8 @@ from deployments.engine.api import Commit, Engine, EngineJob, Progress, StepRepo
 from deployments.step_loop import StepLoop
 
 logger = logging.getLogger(__name__)
+
+Written = TypeVar("Written")
 
 COMMIT_PATIENCE_S = 5.0
 COMMIT_RETRY_S = 0.1
@@ -116,8 +118,8 @@ class Denoiser(pb_grpc.DenoiserServicer):
         for canvas in committed:
             finish = attempt.answer.add(canvas.raw_tokens).finish
             if finish is not None:  # the attempt before this one died between its last commit and its finish
-                await self._store.finish(attempt.spec.job_id, attempt.epoch, finish)
-                yield pb.RunEvent(finished=pb.FinishedJob(finish_reason=finish.value))
+                usage = await self._store.finish(attempt.spec.job_id, attempt.epoch, finish)
+                yield _finished(finish, usage)
                 return
         self._start_engine(attempt, committed)
         while True:
@@ -127,10 +129,10 @@ class Denoiser(pb_grpc.DenoiserServicer):
             if isinstance(item, Progress):
                 yield pb.RunEvent(draft=self._draft(item))
                 continue
-            canvas, ending = await self._commit(attempt, item)
+            canvas, ending, usage = await self._commit(attempt, item)
             yield pb.RunEvent(committed=convert.canvas_to_proto(canvas))
             if ending is not None:
-                yield pb.RunEvent(finished=pb.FinishedJob(finish_reason=ending.value))
+                yield _finished(ending, usage)
                 return
 
     def _start_engine(self, attempt: Attempt, committed: list[Canvas]) -> None:
@@ -152,7 +154,7 @@ class Denoiser(pb_grpc.DenoiserServicer):
         elif error is not None:
             attempt.events.put_nowait(EngineError(f"the engine refused job {attempt.spec.job_id}: {error}"))
 
-    async def _commit(self, attempt: Attempt, commit: Commit) -> tuple[Canvas, FinishReason | None]:
+    async def _commit(self, attempt: Attempt, commit: Commit) -> tuple[Canvas, FinishReason | None, Usage | None]:
         piece = attempt.answer.add(commit.tokens)
         canvas = Canvas(
             index=commit.canvas_index,
@@ -166,8 +168,8 @@ class Denoiser(pb_grpc.DenoiserServicer):
             raise EngineError(f"the engine ended job {attempt.spec.job_id} before its answer was whole")
         data = convert.canvas_to_proto(canvas).SerializeToString()
 
-        async def write() -> None:
-            await self._store.commit(
+        async def write() -> Usage | None:
+            return await self._store.commit(
                 attempt.spec.job_id,
                 attempt.epoch,
                 canvas.index,
@@ -177,8 +179,8 @@ class Denoiser(pb_grpc.DenoiserServicer):
                 finish=piece.finish,
             )
 
-        await _persist(write)
-        return canvas, piece.finish
+        usage = await _persist(write)
+        return canvas, piece.finish, usage
 
     def _draft(self, progress: Progress) -> pb.DraftCanvas:
         ends = self._engine.card.eos_token_ids
@@ -233,7 +235,7 @@ class Denoiser(pb_grpc.DenoiserServicer):
             logger.warning("job %s: its failure could not be written: %s", attempt.spec.job_id, error)
 
 
-async def _persist(write: Callable[[], Coroutine[Any, Any, None]]) -> None:
+async def _persist(write: Callable[[], Coroutine[Any, Any, Written]]) -> Written:
     """Repeat an idempotent write while Redis is away, within COMMIT_PATIENCE_S."""
     loop = asyncio.get_running_loop()
     give_up_s = loop.time() + COMMIT_PATIENCE_S
@@ -244,6 +246,11 @@ async def _persist(write: Callable[[], Coroutine[Any, Any, None]]) -> None:
             if loop.time() + COMMIT_RETRY_S >= give_up_s:
                 raise
             await asyncio.sleep(COMMIT_RETRY_S)
+
+
+def _finished(reason: FinishReason, usage: Usage | None) -> pb.RunEvent:
+    took = None if usage is None else convert.usage_to_proto(usage)
+    return pb.RunEvent(finished=pb.FinishedJob(finish_reason=reason.value, usage=took))
 
 
 def _failure(error: EaselError) -> JobFailure:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from cluster.core import JobSpec, Placement
+from cluster.core import FinishReason, JobSpec, Placement
 from cluster.errors import (
     DeadlineExceeded,
     EaselError,
@@ -154,6 +154,8 @@ class Supervisor:
                     feed.publish(convert.draft_event(convert.draft_from_proto(event.draft), placement.replica))
                 elif event.HasField("committed"):
                     feed.publish(convert.committed_event(convert.canvas_from_proto(event.committed)))
+                elif event.HasField("finished"):
+                    feed.end(_finished(event.finished, placement.replica))
         except grpc.aio.AioRpcError as error:
             await self._broken(job_id, placement, error)
 
@@ -206,6 +208,11 @@ class Supervisor:
     def _forget(self, job_id: str) -> None:
         self._tasks.pop(job_id, None)
         self._feeds.pop(job_id, None)
+
+
+def _finished(job: pb.FinishedJob, replica: str) -> v1.GenerateEvent:
+    reason, usage = FinishReason(job.finish_reason), convert.usage_from_proto(job.usage)
+    return convert.finished_event(reason, usage, replica)
 
 
 def _left_s(submission: Submission, job_id: str) -> float:

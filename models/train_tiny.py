@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -177,10 +179,14 @@ def weights(changes: dict[str, float]) -> dict[str, float]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint to write")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", type=Path, help="folder of the checkpoint to write")
+    target.add_argument(
+        "--eval-only", type=Path, metavar="DIR", help="train nothing, run models.eval_tiny on DIR"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes-1", type=float, default=25.0, help="first phase, wall time")
-    parser.add_argument("--minutes-2", type=float, default=15.0, help="second phase, wall time")
+    parser.add_argument("--minutes-2", type=float, default=28.0, help="second phase, wall time")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--init", type=Path, help="checkpoint folder to go on from")
@@ -190,6 +196,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.eval_only is not None:
+        sys.exit(subprocess.call([sys.executable, "-m", "models.eval_tiny", str(arguments.eval_only)]))
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     if arguments.init is None:

@@ -16,7 +16,7 @@ from cluster import embedded
 from cluster.cli.demo_board import DemoJob, LineBoard, LiveBoard, summary_table, totals_line
 from cluster.cli.live import make_console, on_terminal
 from cluster.cli.signals import sigterm_interrupts
-from cluster.client import EaselClient
+from cluster.client import EaselClient, Event
 from cluster.config import DEFAULT_PORT
 from cluster.errors import EaselError, StartupError
 
@@ -25,7 +25,11 @@ READY_S = 120.0
 JOB_TIMEOUT_S = 300.0
 SEED = 2026
 
+# How long a step stays on a terminal.
+FRAME_S = 0.15
+
 Changed = Callable[[DemoJob], None]
+Events = asyncio.Queue[Event | EaselError | None]
 
 
 @click.command()
@@ -66,26 +70,46 @@ async def run_demo(address: str, jobs: list[DemoJob], console: Console) -> bool:
     """Run all jobs at once, show them, and print the summary; True when every answer is right."""
     async with EaselClient(address) as client:
         await client.wait_ready(READY_S)
-        board = LiveBoard(console, jobs) if on_terminal() else LineBoard(console)
-        started_s = time.perf_counter()
+        live = on_terminal()
+        board = LiveBoard(console, jobs) if live else LineBoard(console)
+        queues: list[Events] = [asyncio.Queue() for _ in jobs]
         with board:
-            await asyncio.gather(*(_run(client, job, board.changed) for job in jobs))
-        wall_s = time.perf_counter() - started_s
+            shown = [
+                _show(job, queue, board.changed, FRAME_S if live else 0.0)
+                for job, queue in zip(jobs, queues, strict=True)
+            ]
+            showing = asyncio.gather(*shown)
+            started_s = time.perf_counter()
+            await asyncio.gather(*(_run(client, job, queue) for job, queue in zip(jobs, queues, strict=True)))
+            wall_s = time.perf_counter() - started_s
+            await showing
     console.print()
     console.print(summary_table(jobs))
     console.print(totals_line(jobs, wall_s), soft_wrap=True)
     return all(job.is_right for job in jobs)
 
 
-async def _run(client: EaselClient, job: DemoJob, changed: Changed) -> None:
+async def _run(client: EaselClient, job: DemoJob, queue: Events) -> None:
+    """Receive a job's events as fast as they come, and take its time."""
     started_s = time.perf_counter()
     stream = client.stream(job.prompt, drafts=True, seed=SEED + job.number, timeout_s=JOB_TIMEOUT_S)
     try:
         async with aclosing(stream) as events:
             async for event in events:
-                job.canvas.apply(event)
-                changed(job)
+                queue.put_nowait(event)
     except EaselError as error:
-        job.problem = str(error)
+        queue.put_nowait(error)
+    finally:
+        job.wall_ms = (time.perf_counter() - started_s) * 1000
+        queue.put_nowait(None)
+
+
+async def _show(job: DemoJob, queue: Events, changed: Changed, frame_s: float) -> None:
+    """Show a job's events, each for at least a frame: a small model is done before an eye has seen a step."""
+    while (event := await queue.get()) is not None:
+        if isinstance(event, EaselError):
+            job.problem = str(event)
+        else:
+            job.canvas.apply(event)
         changed(job)
-    job.wall_ms = (time.perf_counter() - started_s) * 1000
+        await asyncio.sleep(frame_s)

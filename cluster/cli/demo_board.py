@@ -15,6 +15,7 @@ from cluster.cli.live import REFRESHES_PER_S, Canvas, printable
 from cluster.core import Usage
 
 PROMPT_CHARS = 34
+CAPTION = "every denoising step as it was received, held long enough to be seen; the summary has the real times"
 
 
 @dataclass(slots=True)
@@ -72,7 +73,7 @@ class LiveBoard:
         self._live.update(self._table())
 
     def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False, expand=True)
+        table = Table(box=None, pad_edge=False, expand=True, caption=CAPTION, caption_justify="left")
         table.add_column("prompt", style="bold", no_wrap=True, overflow="ellipsis", width=PROMPT_CHARS)
         table.add_column("canvas", ratio=1, no_wrap=True, overflow="ellipsis")
         table.add_column("step", justify="right", width=7)

@@ -49,11 +49,7 @@ def without_password(url: str) -> str:
         parts = urlsplit(url)
     except ValueError:
         return url if "@" not in url else "***@" + url.rpartition("@")[2]
-    return (
-        parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]).geturl()
-        if "@" in parts.netloc
-        else url
-    )
+    return parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else url
 
 
 @contextmanager

@@ -98,9 +98,7 @@ class Doorbell:
         self._task = asyncio.create_task(self._run(), name=f"doorbell {name}")
         if not await _happens(channel.confirmed, _SUBSCRIBE_S):
             await self.close()
-            raise Unavailable(
-                f"Redis did not confirm a subscription within {_SUBSCRIBE_S} s", retry_after_ms=1000
-            )
+            raise Unavailable(f"Redis did not confirm a subscription within {_SUBSCRIBE_S} s", retry_after_ms=1000)
 
     async def close(self) -> None:
         """End the task and give the connection back. May be called twice."""

@@ -46,9 +46,7 @@ class Keys:
 
     def __post_init__(self) -> None:
         if not _NAMESPACE.fullmatch(self.namespace):
-            raise ConfigError(
-                f"redis namespace is {self.namespace!r}; allowed: 1 to 64 letters, digits, '.', '_', '-'"
-            )
+            raise ConfigError(f"redis namespace is {self.namespace!r}; allowed: 1 to 64 letters, digits, '.', '_', '-'")
 
     @property
     def base(self) -> str:

@@ -28,9 +28,7 @@ def cursor_of(page_token: str) -> str:
         match = None
     if match is None:
         shown = page_token[:40]
-        raise InvalidRequest(
-            [Violation("page_token", f"is {shown!r}; give the token of the page before, or none")]
-        )
+        raise InvalidRequest([Violation("page_token", f"is {shown!r}; give the token of the page before, or none")])
     return f"({match[1].decode()}"
 
 

@@ -185,6 +185,23 @@ def parse_record(job_id: str, fields: Mapping[str, bytes], now_ms: int) -> JobRe
     )
 
 
+def parse_usage(row: list[bytes]) -> Usage | None:
+    """What lua/lib/usage.lua says of a job that has ended; None for the empty reply of one that runs on."""
+    if not row:
+        return None
+    created_ms, started_ms, finished_ms, prompt, generated, canvases, steps, attempts, preemptions = map(int, row)
+    return Usage(
+        prompt_tokens=prompt,
+        generated_tokens=generated,
+        canvases=canvases,
+        denoising_steps=steps,
+        attempts=attempts,
+        preemptions=preemptions,
+        queue_ms=started_ms - created_ms,
+        run_ms=finished_ms - started_ms,
+    )
+
+
 def _parse_failure(fields: Mapping[str, bytes]) -> JobFailure | None:
     if not fields.get("failure_code"):
         return None
@@ -197,9 +214,7 @@ def _parse_failure(fields: Mapping[str, bytes]) -> JobFailure | None:
 
 def parse_replica(row: list[bytes]) -> ReplicaRow:
     """A row of lua/view.lua: replica, lease, active, address, model, version, slots, stats."""
-    replica, _, _, address, model, version = (
-        value.decode() if isinstance(value, bytes) else "" for value in row[:6]
-    )
+    replica, _, _, address, model, version = (value.decode() if isinstance(value, bytes) else "" for value in row[:6])
     return ReplicaRow(
         replica=replica,
         address=address,

@@ -13,7 +13,7 @@ from typing import cast
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from cluster.core import FinishReason, Placement
+from cluster.core import FinishReason, Placement, Usage
 from cluster.errors import ConfigError
 from cluster.jobs.connection import connect, redis_errors
 from cluster.jobs.keys import Keys, checked_id
@@ -30,6 +30,7 @@ from cluster.jobs.records import (
     pairs,
     parse_record,
     parse_replica,
+    parse_usage,
 )
 from cluster.jobs.refusals import not_found, refusal
 from cluster.jobs.scripts import Call, Reply, Scripts
@@ -74,6 +75,9 @@ class JobStore:
     async def ping(self) -> None:
         """Reach Redis and give it the scripts. Raises Unavailable, or ConfigError for refused credentials."""
         with redis_errors(self._retry_after_ms):
+            # By itself first: Redis 7 hangs up on a client that owes a password and sends a large command,
+            # and that would look like a Redis that is away.
+            await self._redis.ping()
             await self._scripts.load()
 
     async def submit(self, job: NewJob) -> tuple[bool, Placement | None]:
@@ -113,8 +117,10 @@ class JobStore:
         tokens: int,
         denoising_steps: int,
         finish: FinishReason | None = None,
-    ) -> None:
+    ) -> Usage | None:
         """Append canvas `index`; with `finish` it is the last one and the job ends in the same script.
+
+        Returns what the job took when it ended, else None.
 
         Raises StaleEpoch for an old epoch, TransitionError for a job that does not run, a gap, or other bytes
         under an index that is taken.
@@ -123,12 +129,13 @@ class JobStore:
         counted = (index, canvas, tokens, denoising_steps)
         args = (job_id, epoch, *counted, finish.value if finish else "", self._retention_s)
         tried = f"commit of canvas {index} under epoch {epoch}"
-        await self._run(Call("commit", keys, args), job_id, tried)
+        return parse_usage(cast("list[bytes]", await self._run(Call("commit", keys, args), job_id, tried)))
 
-    async def finish(self, job_id: str, epoch: int, reason: FinishReason) -> None:
-        """The answer is whole. Raises StaleEpoch for an old epoch, TransitionError when it does not run."""
+    async def finish(self, job_id: str, epoch: int, reason: FinishReason) -> Usage | None:
+        """The answer is whole; returns what the job took. Raises StaleEpoch for an old epoch, TransitionError when it does not run."""
         args = (job_id, epoch, reason.value, self._retention_s)
-        await self._run(self._on_job("finish", job_id, args), job_id, f"finish under epoch {epoch}")
+        call = self._on_job("finish", job_id, args)
+        return parse_usage(cast("list[bytes]", await self._run(call, job_id, f"finish under epoch {epoch}")))
 
     async def fail(self, job_id: str, failure: JobFailure, *, epoch: int | None = None) -> None:
         """The job ends without a whole answer: its replica says so with an epoch, its owner without.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from itertools import count
@@ -42,13 +42,12 @@ class Stack:
         self.addresses[name] = f"127.0.0.1:{await router.start()}"
         return self.addresses[name]
 
-    async def add_replica(self, name: str, **engine: Any) -> Replica:
+    async def add_replica(self, name: str, **engine: float | None) -> Replica:
         card = read_checkpoint(CHECKPOINT).card
-        made = FakeEngine(card, **{"slots": 2, "steps_per_canvas": 4, "step_time_ms": 5.0} | engine)
+        values: dict[str, Any] = {"slots": 2, "steps_per_canvas": 4, "step_time_ms": 5.0} | engine
+        made = FakeEngine(card, **values)
         self.engines[name] = made
-        replica = Replica(
-            self.settings, made, Tokenizer(CHECKPOINT).decode, name=name, advertised_host="127.0.0.1"
-        )
+        replica = Replica(self.settings, made, Tokenizer(CHECKPOINT).decode, name=name, advertised_host="127.0.0.1")
         await replica.start()
         self.replicas[name] = replica
         return replica
@@ -60,7 +59,8 @@ class Stack:
             await replica.close()
 
 
-Start = Callable[..., Any]
+Start = Callable[..., Awaitable[Stack]]
+Connect = Callable[..., EaselClient]
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +76,7 @@ async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
     """Start a router and replicas in a namespace of their own; `state`, `router` and `engine` override settings."""
     async with AsyncExitStack() as stack:
 
-        async def make(*, replicas: int = 1, state: dict[str, Any] | None = None, **engine: Any) -> Stack:
+        async def make(*, replicas: int = 1, state: dict[str, Any] | None = None, **engine: float | None) -> Stack:
             values = {
                 "checkpoint": str(CHECKPOINT),
                 "state": {"url": redis_server.url, "namespace": f"t{next(namespaces)}", "heartbeat_ms": 100}
@@ -95,7 +95,7 @@ async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
 
 
 @pytest_asyncio.fixture
-async def connect() -> AsyncIterator[Callable[[Stack], EaselClient]]:
+async def connect() -> AsyncIterator[Connect]:
     """A client of a stack's first router, closed after the test."""
     async with AsyncExitStack() as stack:
 
@@ -107,8 +107,11 @@ async def connect() -> AsyncIterator[Callable[[Stack], EaselClient]]:
         yield make
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Wait for a condition with a bound."""
+async def until(condition: Callable[[], bool | Awaitable[bool]], timeout_s: float = 10.0) -> None:
+    """Wait for a condition, with a bound; what is waited for is in another process or thread and sets no event."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while True:
+            met = condition()
+            if met if isinstance(met, bool) else await met:
+                return
             await asyncio.sleep(0.01)

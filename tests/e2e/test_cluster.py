@@ -49,10 +49,11 @@ class Command:
             cwd=self.home,
         )
 
-    def json(self, *words: str) -> Any:
+    def json(self, *words: str) -> dict[str, Any]:
         done = self(*words, "--json")
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        printed: dict[str, Any] = json.loads(done.stdout)
+        return printed
 
     @staticmethod
     def line(*words: str) -> list[str]:
@@ -62,8 +63,9 @@ class Command:
         kept = {name: value for name, value in os.environ.items() if name != "EASEL_ADDRESS"}
         return kept | {"EASEL_HOME": str(self.home)}
 
-    def record(self) -> Any:
-        return json.loads((self.home / "local.json").read_text())
+    def record(self) -> dict[str, Any]:
+        written: dict[str, Any] = json.loads((self.home / "local.json").read_text())
+        return written
 
 
 def free_port() -> int:
@@ -209,9 +211,7 @@ def test_a_killed_warden_leaves_nothing_after_down(tmp_path: Path) -> None:
         (("--port", "99999"), "port"),
     ],
 )
-def test_a_cluster_that_cannot_come_up_says_why_in_one_line(
-    tmp_path: Path, words: tuple[str, ...], said: str
-) -> None:
+def test_a_cluster_that_cannot_come_up_says_why_in_one_line(tmp_path: Path, words: tuple[str, ...], said: str) -> None:
     done = Command(tmp_path)("up", *words, timeout_s=UP_TIMEOUT_S)
     assert done.returncode != 0
     assert said in done.stderr

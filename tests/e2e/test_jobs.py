@@ -10,19 +10,20 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cluster.client import Committed, EaselClient, Finished
+from cluster.client import Committed, EaselClient, Finished, JobView
 from cluster.errors import InvalidRequest, JobCancelled, JobNotFound
-from tests.e2e.conftest import Start, until
+from tests.e2e.conftest import Connect, Start, until
 
 
-async def _ended(client: EaselClient, job_id: str) -> Any:
-    async with asyncio.timeout(10):
-        while (job := await client.get(job_id)).state in {"queued", "running"}:
-            await asyncio.sleep(0.02)
-    return job
+async def _ended(client: EaselClient, job_id: str) -> JobView:
+    async def has_ended() -> bool:
+        return (await client.get(job_id)).state not in {"queued", "running"}
+
+    await until(has_ended)
+    return await client.get(job_id)
 
 
-async def test_a_submitted_job_runs_without_its_caller(start: Start, connect: Any) -> None:
+async def test_a_submitted_job_runs_without_its_caller(start: Start, connect: Connect) -> None:
     client = connect(await start())
     job = await client.submit("count 31 to 34", seed=3, max_new_tokens=64)
     assert job.state in {"queued", "running"}
@@ -31,7 +32,7 @@ async def test_a_submitted_job_runs_without_its_caller(start: Start, connect: An
     assert (done.state, done.text, done.token_ids) == ("succeeded", answer.text, answer.token_ids)
 
 
-async def test_another_router_watches_a_job_from_any_canvas(start: Start, connect: Any) -> None:
+async def test_another_router_watches_a_job_from_any_canvas(start: Start, connect: Connect) -> None:
     stack = await start(step_time_ms=10.0)
     await stack.add_router("router-1")
     first, second = connect(stack), connect(stack, "router-1")
@@ -44,7 +45,7 @@ async def test_another_router_watches_a_job_from_any_canvas(start: Start, connec
     assert text == (await second.get(job.job_id)).text
 
 
-async def test_leaving_a_watch_leaves_the_job_alone(start: Start, connect: Any) -> None:
+async def test_leaving_a_watch_leaves_the_job_alone(start: Start, connect: Connect) -> None:
     stack = await start(step_time_ms=10.0, steps_per_canvas=10)
     client = connect(stack)
     job = await client.submit(tokens=[2], seed=1, max_new_tokens=64)
@@ -54,7 +55,7 @@ async def test_leaving_a_watch_leaves_the_job_alone(start: Start, connect: Any) 
     assert (await _ended(client, job.job_id)).state == "succeeded"
 
 
-async def test_a_watch_of_a_cancelled_job_ends_with_cancelled(start: Start, connect: Any) -> None:
+async def test_a_watch_of_a_cancelled_job_ends_with_cancelled(start: Start, connect: Connect) -> None:
     stack = await start(step_time_ms=20.0, steps_per_canvas=50)
     await stack.add_router("router-1")
     client, other = connect(stack), connect(stack, "router-1")
@@ -72,7 +73,7 @@ async def test_a_watch_of_a_cancelled_job_ends_with_cancelled(start: Start, conn
     await until(lambda: stack.engines["denoiser-0"].stats().active_jobs == 0)
 
 
-async def test_jobs_are_listed_newest_first_by_state(start: Start, connect: Any) -> None:
+async def test_jobs_are_listed_newest_first_by_state(start: Start, connect: Connect) -> None:
     client = connect(await start())
     ids = [(await client.submit(tokens=[2], seed=n, max_new_tokens=32)).job_id for n in range(5)]
     for job_id in ids:
@@ -82,7 +83,7 @@ async def test_jobs_are_listed_newest_first_by_state(start: Start, connect: Any)
     assert [job.job_id async for job in client.jobs("failed")] == []
 
 
-async def test_an_unknown_job_is_not_found_and_a_bad_offset_is_named(start: Start, connect: Any) -> None:
+async def test_an_unknown_job_is_not_found_and_a_bad_offset_is_named(start: Start, connect: Connect) -> None:
     client = connect(await start())
     with pytest.raises(JobNotFound):
         await client.get("nobody")
@@ -93,7 +94,7 @@ async def test_an_unknown_job_is_not_found_and_a_bad_offset_is_named(start: Star
             pass
 
 
-async def test_status_counts_replicas_slots_and_the_queue(start: Start, connect: Any) -> None:
+async def test_status_counts_replicas_slots_and_the_queue(start: Start, connect: Connect) -> None:
     stack = await start(replicas=2, slots=1, step_time_ms=20.0, steps_per_canvas=100)
     client = connect(stack)
     calls = [asyncio.create_task(client.generate(tokens=[2], max_new_tokens=96)) for _ in range(3)]

@@ -101,7 +101,7 @@ class Histories(RuleBasedStateMachine):
             assert self.run(self.store.cancel(job)).state is self.model[job]
 
     def attempt(
-        self, job: str, action: Action, write: Coroutine[Any, Any, None], *, epoch: int | None, fits: bool = True
+        self, job: str, action: Action, write: Coroutine[Any, Any, object], *, epoch: int | None, fits: bool = True
     ) -> bool:
         """Make a write that may be refused; true when it moved the job or appended to it."""
         if job not in self.model:

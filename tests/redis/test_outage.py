@@ -115,7 +115,8 @@ async def test_a_missing_password_is_a_config_error(own_server: RedisServer) -> 
     store = JobStore(connect(own_server.url))
     with pytest.raises(ConfigError, match="refuses the credentials"):
         await store.ping()
-    with pytest.raises(ConfigError, match="refuses the credentials"):
+    # Later calls are refused too; Redis 7 hangs up on them instead of saying why.
+    with pytest.raises((ConfigError, Unavailable)):
         await store.submit(new_job())
     await store.close()
     await admin.aclose()

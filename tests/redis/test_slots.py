@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
+import pytest
 from redis.asyncio import Redis
 
 from cluster.core import FinishReason
@@ -13,7 +14,7 @@ from cluster.jobs.keys import Keys
 from cluster.jobs.states import JobState
 from cluster.jobs.store import JobStore
 from cluster.redis_server import RedisServer
-from tests.redis.helpers import hello, new_job, running
+from tests.redis.helpers import BROKEN, hello, new_job, running
 
 
 async def submit_many(store: JobStore, *job_ids: str) -> list[str]:
@@ -90,6 +91,14 @@ async def test_a_finished_job_hands_its_slot_to_the_head_of_the_queue(store: Job
     assert second is not None
     assert (second.replica, second.address, second.epoch) == ("replica-1", "replica-1:1", 1)
     assert second.committed_canvases == 0
+
+
+@pytest.mark.parametrize("by_owner", [True, False])
+async def test_a_failed_job_hands_its_slot_to_the_head_of_the_queue(store: JobStore, by_owner: bool) -> None:
+    first = await running(store, "first")
+    await store.submit(new_job("second"))
+    await store.fail("first", BROKEN, epoch=None if by_owner else first.epoch)
+    assert (await store.get("second")).state is JobState.RUNNING
 
 
 async def test_cancelling_in_the_queue_and_while_running_frees_the_place(store: JobStore) -> None:

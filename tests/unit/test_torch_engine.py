@@ -44,7 +44,8 @@ def answer(runner: TorchEngine, job: EngineJob) -> list[tuple[int, ...]]:
 
 
 def job(checkpoint: Checkpoint, prompt: str, **sampling: float) -> EngineJob:
-    return EngineJob("a", encode(prompt), replace(checkpoint.card.defaults, **sampling)  # type: ignore[arg-type]  # by field)
+    resolved = replace(checkpoint.card.defaults, **sampling)  # type: ignore[arg-type]  # by field
+    return EngineJob("a", encode(prompt), resolved)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,7 +4,7 @@
 -- ARGV   1 job id, 2 epoch, 3 index of the canvas, 4 the canvas, 5 answer tokens in it, 6 denoising steps it took,
 --        7 finish reason or '', 8 retention in s.
 -- From   RUNNING under this epoch. A write repeated word for word under the epoch that made it changes nothing.
--- Return 1 when the canvas was appended, 0 when it was there.
+-- Return {} when the job runs on, what it took (lib/usage.lua) when it ended.
 -- Errors JOB_NOT_FOUND, STALE_EPOCH, ILLEGAL_TRANSITION, CANVAS_OUT_OF_ORDER <state> <epoch> <next index>.
 --@include names.lua
 --@include clock.lua
@@ -13,6 +13,7 @@
 --@include close.lua
 --@include place.lua
 --@include finish.lua
+--@include usage.lua
 
 local job_id, epoch, index = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local job = redis.call('HMGET', KEYS[8], 'state', 'epoch', 'canvases', 'generated_tokens', 'denoising_steps',
@@ -28,7 +29,8 @@ if index < count and (finish == '' or index == count - 1) then
   local entry = redis.call('XRANGE', KEYS[9], entry_id, entry_id)[1]
   repeated = entry ~= nil and entry[2][2] == ARGV[4]
 end
-if repeated and (finish == '' or finish == job[6]) then return 0 end
+if repeated and finish == '' then return {} end
+if repeated and finish == job[6] then return usage_of(KEYS[8]) end
 if state ~= 'running' then return illegal(state, job[2]) end
 
 if not repeated then
@@ -40,5 +42,6 @@ if not repeated then
     'denoising_steps', tonumber(job[5]) + tonumber(ARGV[6]))
   ring_watchers(job_id, 'committed')
 end
-if finish ~= '' then finish_job(job_id, finish, clock_ms(), tonumber(ARGV[8])) end
-return repeated and 0 or 1
+if finish == '' then return {} end
+finish_job(job_id, finish, clock_ms(), tonumber(ARGV[8]))
+return usage_of(KEYS[8])

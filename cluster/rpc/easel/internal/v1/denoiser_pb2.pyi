@@ -4,6 +4,7 @@ isort:skip_file
 Between a Router and the Denoiser replica that Redis assigned. Not a public contract: it changes with the version."""
 
 from collections import abc as _abc
+from cluster.rpc.easel.v1 import generation_pb2 as _generation_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -281,16 +282,22 @@ class FinishedJob(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FINISH_REASON_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     finish_reason: _builtins.str
     """cluster.core.FinishReason as its word."""
+    @_builtins.property
+    def usage(self) -> _generation_pb2.Usage:
+        """What the job took, as Redis holds it."""
+
     def __init__(
         self,
         *,
         finish_reason: _builtins.str = ...,
+        usage: _generation_pb2.Usage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
