@@ -1,15 +1,18 @@
 """Router to Denoiser, two ways: a Serve deployment handle, and a gRPC server inside the replica, dialled directly.
 
 A stream of 4 messages of 1 KiB, client -> Router replica -> Denoiser replica -> back. Prints, for both paths, the
-median of a stream alone, streams per second at 64, and how long after a SIGKILL of the replica the router knows. The
-last line is one JSON object with the ratios, handle over direct.
+median of a stream alone, streams per second at 64, how long after the client's deadline the replica knows of it, and
+how long after a SIGKILL of the replica the router knows. The last line is one JSON object with the ratios, handle over
+direct.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import statistics
@@ -27,6 +30,7 @@ MESSAGES = 4
 ALONE = 100
 AT_ONCE = 64
 STREAMS = 512
+DEADLINE_S = 0.5
 METHOD = "/bench.Path/Stream"
 OPTIONS = {"num_cpus": 0.1}
 
@@ -52,6 +56,7 @@ class Denoiser:
     """Streams the messages on both paths."""
 
     async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._cancelled_at_s = 0.0
         self._server, self._port = await _serve(self._grpc)
 
     async def port(self) -> int:
@@ -60,13 +65,21 @@ class Denoiser:
     async def pid(self) -> int:
         return os.getpid()
 
+    async def cancelled_at_s(self) -> float:
+        """When a stream was last cancelled here, on the machine's clock; 0 when none was."""
+        return self._cancelled_at_s
+
     async def stream(self, request: bytes) -> AsyncIterator[bytes]:
-        async for message in _messages(1.0 if request == b"slow" else 0.0):
-            yield message
+        try:
+            async for message in _messages(1.0 if request == b"slow" else 0.0):
+                yield message
+        except (asyncio.CancelledError, GeneratorExit):
+            self._cancelled_at_s = time.time()
+            raise
 
     async def _grpc(self, request: bytes, context: Any) -> AsyncIterator[bytes]:  # noqa: ANN401
         del context
-        async for message in _messages(1.0 if request == b"slow" else 0.0):
+        async for message in self.stream(request):
             yield message
 
 
@@ -78,11 +91,15 @@ class Router:
         self._handle = denoiser.options(stream=True)
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{await denoiser.port.remote()}")
         self._direct: Any = self._channel.unary_stream(METHOD)
+        self._denoiser = denoiser
         self._pid = await denoiser.pid.remote()
         self._server, self._port = await _serve(self._grpc)
 
     async def port(self) -> int:
         return self._port
+
+    async def cancelled_at_s(self) -> float:
+        return float(await self._denoiser.cancelled_at_s.remote())
 
     async def kill_seen_after_ms(self, path: str) -> float:
         """SIGKILL the replica in the middle of a slow stream; how long until the stream breaks here."""
@@ -98,12 +115,13 @@ class Router:
         raise RuntimeError("the stream ended well although its replica was killed")
 
     async def _grpc(self, request: bytes, context: Any) -> AsyncIterator[bytes]:  # noqa: ANN401
-        del context
-        async for message in self._stream(request.decode(), b"fast"):
+        path, _, pace = request.decode().partition(" ")
+        async for message in self._stream(path, pace.encode(), context.time_remaining()):
             yield message
 
-    async def _stream(self, path: str, request: bytes) -> AsyncIterator[bytes]:
-        source: Any = self._handle.stream.remote(request) if path == "handle" else self._direct(request)
+    async def _stream(self, path: str, pace: bytes, timeout_s: float | None = None) -> AsyncIterator[bytes]:
+        """A handle takes no deadline; a gRPC call does."""
+        source: Any = self._handle.stream.remote(pace) if path == "handle" else self._direct(pace, timeout=timeout_s)
         async for message in source:
             yield message
 
@@ -115,7 +133,7 @@ def _deploy() -> DeploymentHandle[Any]:
 
 async def _drain(call: Any, path: str) -> float:  # noqa: ANN401 - an untyped gRPC call
     start_s = time.perf_counter()
-    async for _ in call(path.encode()):
+    async for _ in call(f"{path} fast".encode()):
         pass
     return (time.perf_counter() - start_s) * 1000
 
@@ -136,26 +154,39 @@ async def _measure(port: int, path: str) -> tuple[float, float]:
         return alone_ms, STREAMS / (time.perf_counter() - start_s)
 
 
+async def _deadline_seen_after_ms(port: int, path: str, router: DeploymentHandle[Any]) -> float:
+    """How long after the client's deadline the replica's stream was cancelled; infinite when it was not."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call: Any = channel.unary_stream(METHOD)
+        due_s = time.time() + DEADLINE_S
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            async for _ in call(f"{path} slow".encode(), timeout=DEADLINE_S):
+                pass
+    await asyncio.sleep(DEADLINE_S)
+    seen_s = float(await router.cancelled_at_s.remote())
+    return (seen_s - due_s) * 1000 if seen_s >= due_s else math.inf
+
+
 def main() -> None:
     """Deploy, measure both paths in turn, print the table and the ratios."""
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
-    figures: dict[str, tuple[float, float, float]] = {}
+    figures: dict[str, tuple[float, float, float, float]] = {}
     for path in ("handle", "direct"):
         router = _deploy()
-        alone_ms, per_s = asyncio.run(_measure(router.port.remote().result(timeout_s=30), path))
+        port = router.port.remote().result(timeout_s=30)
+        alone_ms, per_s = asyncio.run(_measure(port, path))
+        deadline_ms = asyncio.run(_deadline_seen_after_ms(port, path, router))
         killed_ms = router.kill_seen_after_ms.remote(path).result(timeout_s=30)
-        figures[path] = (alone_ms, per_s, killed_ms)
-        print(
-            f"{path:<7} p50 alone {alone_ms:6.2f} ms   {per_s:6.0f} streams/s at {AT_ONCE}"
-            f"   SIGKILL seen after {killed_ms:5.1f} ms",
-            flush=True,
-        )
+        figures[path] = (alone_ms, per_s, killed_ms, deadline_ms)
+        deadline = "never" if math.isinf(deadline_ms) else f"after {deadline_ms:.1f} ms"
+        print(f"{path:<7} p50 alone {alone_ms:6.2f} ms, {per_s:6.0f} streams/s at {AT_ONCE}", flush=True)
+        print(f"{'':<7} deadline seen {deadline}, SIGKILL seen after {killed_ms:.1f} ms", flush=True)
         serve.delete("paths")
     serve.shutdown()
     ray.shutdown()
     names = ("latency_handle_over_direct", "throughput_handle_over_direct", "kill_seen_handle_over_direct")
-    ratios = (handle / direct for handle, direct in zip(figures["handle"], figures["direct"], strict=True))
+    ratios = (handle / direct for handle, direct in zip(figures["handle"][:3], figures["direct"][:3], strict=True))
     print(json.dumps({name: round(ratio, 3) for name, ratio in zip(names, ratios, strict=True)}))
 
 

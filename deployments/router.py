@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -15,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from cluster import __version__
 from cluster.checkpoint import read_checkpoint
 from cluster.config import Settings
+from cluster.core import ModelCard
 from cluster.errors import EaselError, StartupError
 from cluster.jobs.connection import connect
 from cluster.jobs.doorbell import Doorbell
@@ -57,7 +59,7 @@ class Router:
         self._settings = settings
         self._name = name
         folder = Path(settings.checkpoint)
-        card = read_checkpoint(folder).card
+        card = _served_card(read_checkpoint(folder).card, settings)
         state, router = settings.state, settings.router
         redis = connect(state.url, timeout_s=state.timeout_s)
         self._store = JobStore(
@@ -166,3 +168,9 @@ class Router:
         status = known.SERVING if serving else known.NOT_SERVING
         for service in ("", *SERVICES):
             await self._health.set(service, status)
+
+
+def _served_card(card: ModelCard, settings: Settings) -> ModelCard:
+    """The model as its replicas serve it: a request is checked against the context that they have room for."""
+    limit = settings.denoiser.max_context_tokens
+    return card if limit is None else replace(card, max_context_tokens=min(limit, card.max_context_tokens))

@@ -285,7 +285,7 @@ def test_a_checkpoint_resumes_bit_for_bit_in_another_engine(maker: Maker) -> Non
 
 def test_there_is_no_checkpoint_at_a_canvas_boundary(maker: Maker) -> None:
     engine = maker.make(1)
-    engine.start(maker.job(engine, "a"))
+    engine.start(maker.job(engine, "a", number=1))  # an answer of several canvases
     assert engine.checkpoint("a") is None
     while not engine.step().commits:
         assert engine.checkpoint("a") is not None
