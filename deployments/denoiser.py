@@ -60,9 +60,14 @@ class Denoiser(pb_grpc.DenoiserServicer):
             await asyncio.wait(self._endings, timeout=timeout_s)
         await self._loop.run_in_executor(None, self._steps.close, timeout_s)
 
-    def cancelled(self, job_id: str) -> None:
-        """Redis says that this job was cancelled: its stream ends before the next denoising step."""
-        self._end(job_id, JobCancelled(f"job {job_id} was cancelled"))
+    def ended(self, job_id: str, how: str) -> None:
+        """Redis says that this job was cancelled, or failed by its router: it stops before the next denoising step."""
+        error: EaselError = JobCancelled(f"job {job_id} was cancelled")
+        if how == "failed":
+            error = TransitionError(f"job {job_id} was ended by its router")
+        for attempt in self._attempts.values():
+            if attempt.spec.job_id == job_id:
+                attempt.events.put_nowait(error)
 
     def reconcile(self, assigned: Sequence[AssignedJob], known: frozenset[str]) -> None:
         """Stop runs, out of those `known` when the heartbeat left, that Redis no longer assigns to this replica."""
@@ -214,11 +219,6 @@ class Denoiser(pb_grpc.DenoiserServicer):
         logger.error("replica %s: %s", self.name, failure, exc_info=failure.__cause__)
         for attempt in self._attempts.values():
             attempt.events.put_nowait(failure)
-
-    def _end(self, job_id: str, error: EaselError) -> None:
-        for attempt in self._attempts.values():
-            if attempt.spec.job_id == job_id:
-                attempt.events.put_nowait(error)
 
     def _write_ending(self, attempt: Attempt, failure: JobFailure) -> None:
         """Write why a run ended, beside the stream: it may be cancelled at any await, and the slot must be freed."""

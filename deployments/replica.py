@@ -94,8 +94,8 @@ class Replica:
         await self._store.close()
 
     def _rang(self, kind: str, job_id: str) -> None:
-        if kind == "cancelled":
-            self._denoiser.cancelled(job_id)
+        if kind in {"cancelled", "failed"}:
+            self._denoiser.ended(job_id, kind)
 
     async def _beat(self) -> None:
         """Renew the lease while the engine works, and stop what Redis no longer assigns here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -53,13 +54,31 @@ def without_password(url: str) -> str:
 
 
 @contextmanager
+def keeps_cancellation() -> Iterator[None]:
+    """Raises CancelledError at the end when the task was cancelled inside and did not notice.
+
+    redis-py sends through asyncio.wait_for, which up to Python 3.11 drops a cancellation that meets a send just
+    done (https://github.com/python/cpython/issues/86296). A loop around such a call would never end.
+    """
+    task = asyncio.current_task()
+    before = 0 if task is None else task.cancelling()
+    try:
+        yield
+    finally:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
+
+
+@contextmanager
 def redis_errors(retry_after_ms: int) -> Iterator[None]:
     """Turns what redis-py raises for a Redis that cannot be used now into Unavailable.
 
-    Wrong credentials are ConfigError: waiting does not mend them. Replies of the scripts pass through.
+    Wrong credentials are ConfigError: waiting does not mend them. Replies of the scripts pass through. A
+    cancelled call is cancelled, as `keeps_cancellation` says.
     """
     try:
-        yield
+        with keeps_cancellation():
+            yield
     except (exceptions.AuthenticationError, exceptions.NoPermissionError) as error:
         raise ConfigError(f"Redis refuses the credentials of the redis url: {error}") from error
     except (exceptions.ConnectionError, exceptions.TimeoutError, *_CANNOT_SERVE) as error:

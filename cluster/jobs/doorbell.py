@@ -19,7 +19,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from cluster.errors import Unavailable
-from cluster.jobs.connection import redis_errors
+from cluster.jobs.connection import keeps_cancellation, redis_errors
 from cluster.jobs.keys import Keys
 
 _FIRST_BACKOFF_S = 0.05
@@ -27,7 +27,9 @@ _LAST_BACKOFF_S = 2.0
 # A silent connection is asked for a sign of life after this long, and given up after twice this long.
 _SILENCE_S = 5.0
 _SUBSCRIBE_S = 2.0
-_LOST = (exceptions.ConnectionError, exceptions.TimeoutError, OSError)
+_CLOSE_S = 5.0
+# Whatever Redis says or fails to say on this connection: a new one is made, with a back-off.
+_LOST = (exceptions.RedisError, OSError)
 
 Callback = Callable[[str, str], None]
 
@@ -103,10 +105,12 @@ class Doorbell:
     async def close(self) -> None:
         """End the task and give the connection back. May be called twice."""
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        if task is None:
+            return
+        task.cancel()
+        await asyncio.wait({task}, timeout=_CLOSE_S)
+        if task.done() and not task.cancelled():
+            task.result()
 
     def on_ring(self, callback: Callback) -> None:
         """Call `callback(kind, job_id)` in the loop for every ring of this process; it must not block."""
@@ -139,7 +143,7 @@ class Doorbell:
         pubsub = self._pubsub
         if pubsub is None or not _link(pubsub).is_connected:
             return
-        with suppress(*_LOST):
+        with suppress(*_LOST), keeps_cancellation():
             await (pubsub.subscribe(channel) if command == "SUBSCRIBE" else pubsub.unsubscribe(channel))
 
     async def _run(self) -> None:
@@ -155,12 +159,14 @@ class Doorbell:
         """One connection's life: yields after every message, raises when the connection is lost."""
         pubsub = self._redis.pubsub()
         try:
-            await pubsub.connect()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+            with keeps_cancellation():
+                await pubsub.connect()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
             link = _link(pubsub)
             usual, link.retry = link.retry, Retry(NoBackoff(), 0, supported_errors=())
             try:
                 self._pubsub = pubsub
-                await pubsub.subscribe(*self._channels)
+                with keeps_cancellation():
+                    await pubsub.subscribe(*self._channels)
                 async for message in self._messages(pubsub):
                     self._deliver(message)
                     yield
@@ -173,7 +179,8 @@ class Doorbell:
     async def _messages(self, pubsub: PubSub) -> AsyncIterator[dict[str, object]]:
         asked = False
         while True:
-            message = await pubsub.get_message(timeout=_SILENCE_S)
+            with keeps_cancellation():
+                message = await pubsub.get_message(timeout=_SILENCE_S)
             if message is not None:
                 asked = False
                 yield message
@@ -181,7 +188,8 @@ class Doorbell:
                 raise exceptions.ConnectionError("no sign of life")
             else:
                 asked = True
-                await pubsub.ping()
+                with keeps_cancellation():
+                    await pubsub.ping()
 
     def _deliver(self, message: dict[str, object]) -> None:
         name = _text(message["channel"])

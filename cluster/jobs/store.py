@@ -132,7 +132,10 @@ class JobStore:
         return parse_usage(cast("list[bytes]", await self._run(Call("commit", keys, args), job_id, tried)))
 
     async def finish(self, job_id: str, epoch: int, reason: FinishReason) -> Usage | None:
-        """The answer is whole; returns what the job took. Raises StaleEpoch for an old epoch, TransitionError when it does not run."""
+        """The answer is whole; returns what the job took.
+
+        Raises StaleEpoch for an old epoch, TransitionError when it does not run.
+        """
         args = (job_id, epoch, reason.value, self._retention_s)
         call = self._on_job("finish", job_id, args)
         return parse_usage(cast("list[bytes]", await self._run(call, job_id, f"finish under epoch {epoch}")))
