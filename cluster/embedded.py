@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ Report = Callable[[str], None]
 WARDEN_MODULE = "deployments.local"
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parents[1] / "models" / "tiny"
 START_TIMEOUT_S = 180.0
+WARDEN_TIMEOUT_S = 3 * START_TIMEOUT_S
 STOP_TIMEOUT_S = 60.0
 KILL_TIMEOUT_S = 5.0
 POLL_S = 0.1
@@ -42,7 +44,7 @@ POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:
-    """What `easel up` can be told; None takes the default."""
+    """What `easel up` can be told; None takes the default, and port 0 a free one."""
 
     checkpoint: str | None = None
     replicas: int = 2
@@ -139,8 +141,19 @@ def _settings(options: UpOptions) -> Settings:
         "dtype": options.dtype,
     }
     return parse_settings(
-        {"checkpoint": str(folder), "state": state, "router": {"port": options.port}, "denoiser": denoiser}
+        {
+            "checkpoint": str(folder),
+            "state": state,
+            "router": {"port": options.port or _free_port()},
+            "denoiser": denoiser,
+        }
     )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _require_free(host: str, port: int) -> None:
@@ -174,15 +187,20 @@ def _start_warden(home: Path, settings: Settings, own_redis: bool, report: Repor
             start_new_session=True,
         )
         os.close(theirs)
+        # The warden bounds each part of its start; this bounds a warden that hangs outside of them.
+        last_resort = threading.Timer(WARDEN_TIMEOUT_S, warden.kill)
+        last_resort.start()
         try:
             return _until_ready(warden, lines, log_dir, report)
         except BaseException:
             _stop_unready(warden)
             raise
+        finally:
+            last_resort.cancel()
 
 
 def _until_ready(warden: subprocess.Popen[bytes], lines: IO[str], log_dir: Path, report: Report) -> LocalCluster:
-    """Pass the warden's reports on until it is ready. The warden bounds its own start by START_TIMEOUT_S."""
+    """Pass the warden's reports on until it is ready."""
     for line in lines:
         message: dict[str, Any] = json.loads(line)
         if "ready" in message:

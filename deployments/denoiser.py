@@ -124,7 +124,7 @@ class Denoiser(pb_grpc.DenoiserServicer):
             finish = attempt.answer.add(canvas.raw_tokens).finish
             if finish is not None:  # the attempt before this one died between its last commit and its finish
                 usage = await self._store.finish(attempt.spec.job_id, attempt.epoch, finish)
-                yield _finished(finish, usage)
+                yield pb.RunEvent(finished=_finished(finish, usage))
                 return
         self._start_engine(attempt, committed)
         while True:
@@ -135,9 +135,11 @@ class Denoiser(pb_grpc.DenoiserServicer):
                 yield pb.RunEvent(draft=self._draft(item))
                 continue
             canvas, ending, usage = await self._commit(attempt, item)
-            yield pb.RunEvent(committed=convert.canvas_to_proto(canvas))
+            event = pb.RunEvent(committed=convert.canvas_to_proto(canvas))
             if ending is not None:
-                yield _finished(ending, usage)
+                event.finished.CopyFrom(_finished(ending, usage))
+            yield event
+            if ending is not None:
                 return
 
     def _start_engine(self, attempt: Attempt, committed: list[Canvas]) -> None:
@@ -248,9 +250,9 @@ async def _persist(write: Callable[[], Coroutine[Any, Any, Written]]) -> Written
             await asyncio.sleep(COMMIT_RETRY_S)
 
 
-def _finished(reason: FinishReason, usage: Usage | None) -> pb.RunEvent:
+def _finished(reason: FinishReason, usage: Usage | None) -> pb.FinishedJob:
     took = None if usage is None else convert.usage_to_proto(usage)
-    return pb.RunEvent(finished=pb.FinishedJob(finish_reason=reason.value, usage=took))
+    return pb.FinishedJob(finish_reason=reason.value, usage=took)
 
 
 def _failure(error: EaselError) -> JobFailure:

@@ -154,7 +154,7 @@ class Supervisor:
                     feed.publish(convert.draft_event(convert.draft_from_proto(event.draft), placement.replica))
                 elif event.HasField("committed"):
                     feed.publish(convert.committed_event(convert.canvas_from_proto(event.committed)))
-                elif event.HasField("finished"):
+                if event.HasField("finished"):
                     feed.end(_finished(event.finished, placement.replica))
         except grpc.aio.AioRpcError as error:
             await self._broken(job_id, placement, error)

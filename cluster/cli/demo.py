@@ -17,7 +17,6 @@ from cluster.cli.demo_board import DemoJob, LineBoard, LiveBoard, summary_table,
 from cluster.cli.live import make_console, on_terminal
 from cluster.cli.signals import sigterm_interrupts
 from cluster.client import EaselClient, Event
-from cluster.config import DEFAULT_PORT
 from cluster.errors import EaselError, StartupError
 
 PROMPTS = Path(__file__).resolve().parents[2] / "models" / "demo_prompts.json"
@@ -33,7 +32,7 @@ Events = asyncio.Queue[Event | EaselError | None]
 
 
 @click.command()
-@click.option("--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True, help="Router's port.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Router's port.  [default: a free one]")
 @click.option("--replicas", type=click.IntRange(1), default=2, show_default=True, help="Denoiser replicas.")
 @click.pass_context
 def demo(context: click.Context, port: int, replicas: int) -> None:

@@ -132,6 +132,13 @@ def test_a_submitted_job_is_read_by_later_commands(easel: Command) -> None:
     assert job_id in easel("jobs", "--json").stdout
 
 
+def test_the_demo_answers_its_eight_prompts_right(easel: Command) -> None:
+    demo = easel("demo", timeout_s=120)
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    assert "8 of 8 answers right" in demo.stdout
+    assert "2 replicas served" in demo.stdout
+
+
 def test_status_shows_two_replicas_and_their_slots(easel: Command) -> None:
     status = easel.json("status")
     assert (len(status["replicas"]), status["slots"]) == (2, 16)

@@ -155,7 +155,9 @@ Global___RunRequest: _TypeAlias = RunRequest  # noqa: Y015
 
 @_typing.final
 class RunEvent(_message.Message):
-    """RunEvent is one thing that happened to the job."""
+    """RunEvent is what happened to the job. The end comes with the last canvas, in one message, or alone when an earlier
+    attempt committed the last canvas.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -172,7 +174,7 @@ class RunEvent(_message.Message):
 
     @_builtins.property
     def finished(self) -> Global___FinishedJob:
-        """The job is finished in Redis."""
+        """The job is finished in Redis; the stream ends with this message."""
 
     def __init__(
         self,
@@ -185,7 +187,7 @@ class RunEvent(_message.Message):
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "draft", b"draft", "event", b"event", "finished", b"finished"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["draft", "committed", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["draft", "committed"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
