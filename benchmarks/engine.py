@@ -61,7 +61,7 @@ def measure_engine_ratios(checkpoint_path: Path = CHECKPOINT, rounds: int = ROUN
         prompts = mixed_prompts(checkpoint, PROMPTS)
         figures = {}
         for size, engine in engines.items():
-            ours, theirs = _Side(engine, checkpoint), _Reference(reference, checkpoint, size)
+            ours, theirs = _Ours(engine, checkpoint), _Reference(reference, checkpoint, size)
             figures[f"engine_over_transformers_{size}"] = _median_ratio(ours.run, theirs.run, prompts, rounds)
         return figures
     finally:
@@ -71,21 +71,23 @@ def measure_engine_ratios(checkpoint_path: Path = CHECKPOINT, rounds: int = ROUN
 def mixed_prompts(checkpoint: Checkpoint, count: int) -> list[Prompt]:
     """`count` prompts of six tasks in turn, shuffled, as token ids with the chat template."""
     rng = random.Random(4821)
-    kinds: tuple[Callable[[], str], ...] = (
-        lambda: (
-            f"Order {rng.randint(1000, 9999)} from {rng.choice(NAMES)} ships to {rng.choice(CITIES)} "
-            f"on 2024-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}."
-        ),
-        lambda: (lambda first: f"count {first} to {first + rng.randint(3, 9)}")(rng.randint(11, 80)),
-        lambda: f"reverse {rng.randint(10_000, 999_999)}",
-        lambda: f"sort {rng.randint(10_000, 999_999)}",
-        lambda: f"upper {' '.join(rng.sample(WORDS, 2))}",
-        lambda: f"add {rng.randint(10, 99)} {rng.randint(10, 99)}",
-    )
-    texts = [kinds[number % len(kinds)]() for number in range(count)]
+    texts = [_task_text(rng, number % 6) for number in range(count)]
     rng.shuffle(texts)
     bos = () if checkpoint.card.bos_token_id is None else (checkpoint.card.bos_token_id,)
     return [(*bos, TURN, *map(ord, text), END_OF_TURN) for text in texts]
+
+
+def _task_text(rng: random.Random, task: int) -> str:
+    first, month, day = rng.randint(11, 80), rng.randint(1, 12), rng.randint(1, 28)
+    order = f"Order {rng.randint(1000, 9999)} from {rng.choice(NAMES)} ships to {rng.choice(CITIES)} on 2024-"
+    return (
+        f"{order}{month:02}-{day:02}.",
+        f"count {first} to {first + rng.randint(3, 9)}",
+        f"reverse {rng.randint(10_000, 999_999)}",
+        f"sort {rng.randint(10_000, 999_999)}",
+        f"upper {' '.join(rng.sample(WORDS, 2))}",
+        f"add {rng.randint(10, 99)} {rng.randint(10, 99)}",
+    )[task]
 
 
 def _median_ratio(
@@ -106,7 +108,7 @@ def useful_tokens(canvases: Sequence[int], eos_token_ids: Sequence[int]) -> int:
     return next(ends, len(canvases))
 
 
-class _Side:
+class _Ours:
     """The engine with every slot refilled as soon as it is free."""
 
     def __init__(self, engine: TorchEngine, checkpoint: Checkpoint) -> None:

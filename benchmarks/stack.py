@@ -18,7 +18,6 @@ from pathlib import Path
 
 import grpc
 import psutil
-from deployments.engine.fake import FakeEngine
 
 from cluster import embedded
 from cluster.checkpoint import read_checkpoint
@@ -27,6 +26,7 @@ from cluster.core import ModelCard, SamplingParams
 from cluster.rpc.easel.v1 import generation_pb2 as v1
 from cluster.rpc.easel.v1 import generation_pb2_grpc as v1_grpc
 from deployments.engine.api import EngineJob
+from deployments.engine.fake import FakeEngine
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "models" / "tiny"
 STEP_MS = 15.0

@@ -48,8 +48,8 @@ class SamplingParams:
 class ModelCard:
     """What the control plane must know of a checkpoint to check a request before any compute.
 
-    `version` is a digest of the configuration and of the weight files' headers and sizes: two replicas with the same
-    version hold the same model. `defaults` come from generation_config.json, with seed 0.
+    `version` is a digest of the configuration and of the weight files' headers, sizes and samples of their data: two
+    replicas with the same version hold the same model. `defaults` come from generation_config.json, with seed 0.
     """
 
     name: str

@@ -20,6 +20,8 @@ from deployments.supervisor import Submission, Supervisor
 from deployments.tokenizer import Tokenizer
 from deployments.watch import watch_stored
 
+TOKENIZED_IN_LOOP_BYTES = 16 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
@@ -60,7 +62,7 @@ class Intake:
         `deadline_s` is what is left of the gRPC deadline. Raises InvalidRequest, QueueFull, RequestIdReused or
         Unavailable; nothing is stored then.
         """
-        parsed = self._parse(request, deadline_s)
+        parsed = await self._parsed(request, deadline_s)
         created, placement = await self._store.submit(self._new_job(parsed))
         if not created:
             record = await self._store.get(parsed.job_id)
@@ -77,6 +79,12 @@ class Intake:
         if feed is not None:
             return feed.read(from_canvas=from_canvas, drafts=drafts)
         return watch_stored(self._store, self._doorbell, job_id, from_canvas)
+
+    async def _parsed(self, request: v1.GenerateRequest, deadline_s: float | None) -> ParsedRequest:
+        """Check a request; a long text beside the loop, so that its tokenizer does not hold up everybody's calls."""
+        if request.ByteSize() <= TOKENIZED_IN_LOOP_BYTES:
+            return self._parse(request, deadline_s)
+        return await asyncio.to_thread(self._parse, request, deadline_s)
 
     def _parse(self, request: v1.GenerateRequest, deadline_s: float | None) -> ParsedRequest:
         return parse_generate(

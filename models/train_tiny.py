@@ -1,6 +1,6 @@
 """Trains the demo checkpoint on one CPU thread: `python -m models.train_tiny --out models/tiny`.
 
-Two phases of fixed wall time, each with a linearly decaying rate; phase 2 gives more room to what is hard.
+Three phases of fixed wall time, each with linearly decaying rates; later ones give more to what is hard.
 A run is seeded. Because phases are timed, two machines see the same examples but stop at different steps.
 """
 
@@ -34,7 +34,7 @@ SNAPSHOT_S = 300.0
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training. Rates are peaks; weights are relative task frequencies in the short rows."""
+    """One stretch of training. Rates are peaks; weights are task frequencies in the short rows."""
 
     minutes: float
     muon_rate: float
@@ -42,6 +42,46 @@ class Phase:
     weights: dict[str, float]
     final_rate_share: float
     sampled_share: float
+
+
+# Tasks that are not named have weight 1. JSON orders fill the long rows instead. Phase 2 leaves out what
+# phase 1 does not reach; phase 3 takes running sums up again, now that the model can add.
+PHASE_1_WEIGHTS = {"json": 0.0, "add": 2.0, "add_long": 2.0, "running_sum": 1.5, "sort_words": 1.5}
+PHASE_2_WEIGHTS = {
+    "json": 0.0,
+    "add": 3.0,
+    "count": 2.0,
+    "count_down": 2.0,
+    "sort_words": 2.0,
+    "reverse_words": 1.5,
+    "sort_long": 1.5,
+    "reverse": 0.7,
+    "sort": 0.7,
+    "upper": 0.7,
+    "add_long": 0.0,
+    "running_sum": 0.0,
+}
+PHASE_3_WEIGHTS = {
+    "json": 0.0,
+    "add": 2.0,
+    "count": 2.0,
+    "running_sum": 3.0,
+    "sort_words": 3.0,
+    "add_long": 0.0,
+}
+
+
+def weights(changes: dict[str, float]) -> dict[str, float]:
+    return {task: changes.get(task, 1.0) for task in TASKS}
+
+
+def plan(minutes: tuple[float, float, float]) -> tuple[Phase, Phase, Phase]:
+    """The recipe of models/tiny with the wall time of each phase."""
+    return (
+        Phase(minutes[0], 0.02, 3e-3, weights(PHASE_1_WEIGHTS), 0.2, 0.3),
+        Phase(minutes[1], 0.014, 2e-3, weights(PHASE_2_WEIGHTS), 0.0, 0.5),
+        Phase(minutes[2], 0.010, 1.5e-3, weights(PHASE_3_WEIGHTS), 0.0, 0.5),
+    )
 
 
 class ExampleStream:
@@ -70,8 +110,7 @@ class ExampleStream:
             self._refill()
             random_share = self._random.uniform(0.30, 0.45)
             filled = [
-                packer.pack(waiting, random_share)
-                for packer, waiting in zip(self._packers, self._waiting, strict=True)
+                packer.pack(waiting, random_share) for packer, waiting in zip(self._packers, self._waiting, strict=True)
             ]
             self._waiting = (filled[0][1], filled[1][1])
             yield [pack for pack, _ in filled]
@@ -113,9 +152,7 @@ class Trainer:
         return (losses * pack.weight.flatten()).sum()
 
     @torch.no_grad()
-    def _self_condition(
-        self, pack: Pack, masks: dict[str, Tensor], sampled_share: float
-    ) -> tuple[Tensor, Tensor]:
+    def _self_condition(self, pack: Pack, masks: dict[str, Tensor], sampled_share: float) -> tuple[Tensor, Tensor]:
         """A first pass over half of the rows gives their canvases self-conditioning.
 
         A share of those canvases then moves on to what the sampler would show the model at its next step.
@@ -156,42 +193,23 @@ def run_phase(trainer: Trainer, phase: Phase, seed: int, snapshots: Path | None)
             shown_s = last_s
 
 
-PHASE_1_WEIGHTS = {"add": 2.0, "add_long": 2.0, "running_sum": 1.5, "sort_words": 1.5, "json": 0.0}
-PHASE_2_WEIGHTS = {
-    "json": 0.0,
-    "add": 3.0,
-    "count": 2.0,
-    "count_down": 2.0,
-    "sort_words": 2.0,
-    "reverse_words": 1.5,
-    "sort_long": 1.5,
-    "reverse": 0.7,
-    "sort": 0.7,
-    "upper": 0.7,
-    "add_long": 0.0,
-    "running_sum": 0.0,
-}
-
-
-def weights(changes: dict[str, float]) -> dict[str, float]:
-    return {task: changes.get(task, 1.0) for task in TASKS}
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, help="folder of the checkpoint to write")
-    target.add_argument(
-        "--eval-only", type=Path, metavar="DIR", help="train nothing, run models.eval_tiny on DIR"
-    )
+    target.add_argument("--eval-only", type=Path, metavar="DIR", help="train nothing, run models.eval_tiny on DIR")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes-1", type=float, default=25.0, help="first phase, wall time")
     parser.add_argument("--minutes-2", type=float, default=28.0, help="second phase, wall time")
+    parser.add_argument("--minutes-3", type=float, default=15.0, help="third phase, wall time")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--init", type=Path, help="checkpoint folder to go on from")
     parser.add_argument("--snapshots", type=Path, help="folder for a snapshot every 5 minutes")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.init is not None and not (arguments.init / "model.safetensors").is_file():
+        parser.error(f"--init: {arguments.init} is not a checkpoint folder")
+    return arguments
 
 
 def main() -> None:
@@ -205,10 +223,7 @@ def main() -> None:
     else:
         model = load_checkpoint(arguments.init)
     trainer = Trainer(model, arguments.seed)
-    phases = (
-        Phase(arguments.minutes_1, 0.02, 3e-3, weights(PHASE_1_WEIGHTS), 0.2, 0.3),
-        Phase(arguments.minutes_2, 0.014, 2e-3, weights(PHASE_2_WEIGHTS), 0.0, 0.5),
-    )
+    phases = plan((arguments.minutes_1, arguments.minutes_2, arguments.minutes_3))
     for number, phase in enumerate(phases, 1):
         if phase.minutes > 0:
             print(f"phase {number}: {phase.minutes} minutes", flush=True)

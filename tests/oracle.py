@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,6 +31,7 @@ from deployments.engine.torch_tp.weights import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "checkpoints"
+TRAINED = ("models/tiny", "checkpoints/tiny", "checkpoints/tiny-undertrained")
 CHECKPOINTS = (ROOT / "models" / "tiny", SHARED / "tiny-undertrained", SHARED / "tiny")
 IntArray = NDArray[np.int64]
 
@@ -37,6 +39,14 @@ IntArray = NDArray[np.int64]
 def some_checkpoint() -> Path | None:
     """A trained checkpoint that is there, or None."""
     return next((path for path in CHECKPOINTS if (path / "config.json").is_file()), None)
+
+
+def trained_checkpoint(name: str) -> Path:
+    """A trained checkpoint by its folder's name and parent, or a skip where this machine has none."""
+    path = next(path for path in CHECKPOINTS if path.as_posix().endswith(name))
+    if not (path / "config.json").is_file():
+        pytest.skip(f"{name} is not here")
+    return path
 
 
 def encode(text: str) -> tuple[int, ...]:
@@ -100,7 +110,9 @@ def write_random_checkpoint(folder: Path, shape: RandomShape, seed: int = 0) -> 
 
 
 def _vision() -> dict[str, Any]:
-    source = next(path for path in CHECKPOINTS if (path / "config.json").is_file())
+    source = some_checkpoint()
+    if source is None:
+        pytest.skip("no checkpoint is here to take the vision part of the configuration from")
     vision: dict[str, Any] = json.loads((source / "config.json").read_text())["vision_config"]
     return vision
 

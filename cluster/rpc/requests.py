@@ -26,6 +26,8 @@ MAX_TIMEOUT_MS = 24 * 3600 * 1000
 MAX_PAGE_SIZE = 1000
 DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_TOKEN_CHARS = 256
+# The longest tokens in use are runs of about 30 spaces; an average of 64 characters a token is out of reach.
+MAX_CHARACTERS_PER_TOKEN = 64
 # A list can be wrong in a million places; naming a few of them helps, naming all of them does not.
 MAX_VIOLATIONS_PER_LIST = 8
 
@@ -158,9 +160,11 @@ def _prompt(
         return wrong.field, [wrong], list
     name = given[0]
     if name == "text":
-        return name, list(_bad_text(request.text)), lambda: encoder.encode_messages([("user", request.text)])
+        problems = [*_bad_text(request.text), *_bad_length(name, len(request.text), card)]
+        return name, problems, lambda: encoder.encode_messages([("user", request.text)])
     if name == "messages":
-        problems = _some(_bad_messages(request.messages), name)
+        characters = sum(len(message.content) for message in request.messages)
+        problems = [*_some(_bad_messages(request.messages), name), *_bad_length(name, characters, card)]
         return name, problems, lambda: encoder.encode_messages(_turns(request.messages))
     return name, _some(_bad_tokens(request.token_ids, card), name), lambda: list(request.token_ids)
 
@@ -176,6 +180,14 @@ def _turns(messages: Iterable[generation_pb2.ChatMessage]) -> list[tuple[str, st
 def _bad_text(text: str) -> Iterator[Violation]:
     if not text.strip():
         yield Violation("text", f"is {shown(text)}; a prompt must hold something besides white space")
+
+
+def _bad_length(name: str, characters: int, card: ModelCard) -> Iterator[Violation]:
+    """Text that no tokenizer can fit into the context is refused before a tokenizer spends seconds on it."""
+    most = MAX_CHARACTERS_PER_TOKEN * card.max_context_tokens
+    if characters > most:
+        what = f"is {characters} characters long; at most {most} can fit a context of {card.max_context_tokens} tokens"
+        yield Violation(name, what)
 
 
 def _bad_messages(messages: Iterable[generation_pb2.ChatMessage]) -> Iterator[Violation]:

@@ -154,6 +154,16 @@ def test_a_copy_has_the_same_version_and_a_change_another(folder: Path, tmp_path
     assert first != second
 
 
+def test_another_training_of_the_same_shape_has_another_version(folder: Path, tmp_path: Path) -> None:
+    other = copy_checkpoint(folder, tmp_path / "copy")
+    weights = other / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    first, second = versions(folder, other)
+    assert first != second
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "nowhere") in refusal(tmp_path / "nowhere")
 

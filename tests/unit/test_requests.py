@@ -308,3 +308,13 @@ def test_a_page_request_is_checked() -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse_list(bad)
     assert [v.field for v in caught.value.violations] == ["page_size", "page_token", "state"]
+
+
+def test_a_text_that_no_tokenizer_could_fit_is_refused_before_it_is_tokenized() -> None:
+    class Unwanted:
+        def encode_messages(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+            raise AssertionError("the tokenizer was asked")
+
+    request = generation_pb2.GenerateRequest(text="x" * (64 * CARD.max_context_tokens + 1))
+    with pytest.raises(InvalidRequest, match="characters long"):
+        parse_generate(request, CARD, Unwanted(), deadline_ms=None, new_id=lambda: "id", new_seed=lambda: 1)

@@ -19,7 +19,7 @@ from deployments.engine.torch_tp.engine import EngineSettings, TorchEngine
 from deployments.engine.torch_tp.experts import route
 from deployments.engine.torch_tp.linear import TileLinear, tile_product
 from deployments.engine.torch_tp.plan import context_bucket
-from tests.oracle import SHARED, RandomShape, TileRunner, encode, some_checkpoint, write_random_checkpoint
+from tests.oracle import RandomShape, TileRunner, encode, some_checkpoint, write_random_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,6 @@ def test_routing_is_the_renormalised_top_of_the_softmax() -> None:
 
 
 def test_both_expert_paths_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not SHARED.is_dir():
-        pytest.skip("the shared development checkpoints are not here")
     drawn = read_checkpoint(write_random_checkpoint(tmp_path, RandomShape()))
     canvas = np.arange(5, 5 + drawn.card.canvas_tokens)
     dense: Tensor = TileRunner(drawn).logits(range(5, 60), canvas)
@@ -87,9 +85,9 @@ def test_context_buckets_grow_with_the_context_and_always_hold_it() -> None:
     buckets = [context_bucket(tokens) for tokens in range(5000)]
     assert all(bucket >= tokens for tokens, bucket in enumerate(buckets))
     assert buckets == sorted(buckets)
-    assert len(set(buckets)) < 25
-    assert buckets[0] == buckets[64] == 64
-    assert (buckets[65], buckets[513], buckets[1025]) == (128, 640, 1280)
+    assert len(set(buckets)) < 30
+    assert buckets[0] == buckets[32] == 32
+    assert (buckets[33], buckets[257], buckets[1025]) == (64, 320, 1280)
 
 
 def test_long_prompts_join_in_portions_and_running_canvases_go_on(checkpoint: Checkpoint) -> None:

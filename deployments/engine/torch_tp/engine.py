@@ -100,7 +100,7 @@ class TorchEngine:
         self._planner = Planner(config, context_tokens, dtype, device)
         self._free_slots = list(range(settings.slots - 1, -1, -1))
         self._jobs: dict[str, ActiveJob] = {}
-        self._counts = EngineStats()
+        self._denoising_steps = self._canvas_steps = self._canvases = self._prefill_tokens = 0
 
     @property
     def card(self) -> ModelCard:
@@ -145,7 +145,9 @@ class TorchEngine:
             return StepReport()
         with torch.inference_mode():
             tokens, numbers = self._run(tiles, ready)
-        self._count(tiles, ready)
+        self._denoising_steps += 1
+        self._canvas_steps += len(ready)
+        self._prefill_tokens += sum(tile.valid for tile in tiles if not tile.denoises)
         place = {job.slot: index for index, job in enumerate(ready)}
         progress, commits = [], []
         for job in [job for job in self._jobs.values() if job.slot in place]:
@@ -182,8 +184,11 @@ class TorchEngine:
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
         allocator = self._cache.allocator
-        return replace(
-            self._counts,
+        return EngineStats(
+            denoising_steps=self._denoising_steps,
+            canvas_steps=self._canvas_steps,
+            canvases=self._canvases,
+            prefill_tokens=self._prefill_tokens,
             active_jobs=len(self._jobs),
             pages_used=allocator.used,
             pages_total=allocator.total,
@@ -247,15 +252,6 @@ class TorchEngine:
     def _upload(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
-    def _count(self, tiles: Sequence[Tile], ready: Sequence[ActiveJob]) -> None:
-        counts = self._counts
-        self._counts = replace(
-            counts,
-            denoising_steps=counts.denoising_steps + 1,
-            canvas_steps=counts.canvas_steps + len(ready),
-            prefill_tokens=counts.prefill_tokens + sum(tile.valid for tile in tiles if not tile.denoises),
-        )
-
     def _commit(self, job: ActiveJob, mean_entropy: float) -> Commit:
         last = job.canvas_index + 1 >= job.canvases or bool(np.isin(job.argmax, self._eos).any())
         commit = Commit(
@@ -266,7 +262,7 @@ class TorchEngine:
             mean_entropy=mean_entropy,
             last=last,
         )
-        self._counts = replace(self._counts, canvases=self._counts.canvases + 1)
+        self._canvases += 1
         if last:
             self.stop(job.spec.job_id)
         else:

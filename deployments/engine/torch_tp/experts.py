@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deployments.engine.torch_tp.linear import TileLinear
+from deployments.engine.torch_tp.linear import GatedTileLinear, TileLinear
 
 # Up to this many experts, computing all of them costs less than sorting rows by expert.
 MAX_DENSE_EXPERTS = 16
@@ -17,41 +17,46 @@ MAX_DENSE_EXPERTS = 16
 class FeedForward(Protocol):
     """Both branches of a layer. The norms before them, and the router's scale, are folded into their weights."""
 
-    def __call__(self, normed: Tensor) -> Tensor:
-        """Normed rows [tiles, rows, hidden] -> [2, tiles, rows, hidden]: the MLP's output, the experts' output."""
+    def __call__(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed rows -> the MLP's output and the experts' output, all [tiles, rows, hidden] in the run dtype."""
 
 
 def route(scores: Tensor, per_token: int) -> tuple[Tensor, Tensor]:
-    """The experts of each row: float32 weights and int64 ids, both [..., per_token].
+    """The experts of each row, from float32 scores: float32 weights and int64 ids, both [..., per_token].
 
     Softmax over the chosen scores equals the renormalised top of the softmax over all of them.
     """
-    top, chosen = torch.topk(scores.float(), per_token, dim=-1)
+    top, chosen = torch.topk(scores, per_token, dim=-1)
     return torch.softmax(top, dim=-1), chosen
 
 
 class DenseFeedForward:
-    """All experts at once: every branch's gate, up and router rows in one product, then a masked product down.
+    """All experts at once: every branch's gated product in one, then a masked product down.
 
-    `up` has rows [gate | up | router], where gate and up are those of the MLP, then of the experts in order. The
-    weighted sum over experts happens inside `experts_down`, whose input columns are scaled by the router's weights.
+    The inner columns of `gated` are those of the MLP, then of the experts in order. The weighted sum over experts
+    happens inside `experts_down`, whose input columns are scaled by the router's weights. `router` works in float32,
+    so that rounding decides on no expert.
     """
 
-    def __init__(self, up: TileLinear, mlp_down: TileLinear, experts_down: TileLinear, per_token: int) -> None:
-        self._up, self._mlp_down, self._experts_down = up, mlp_down, experts_down
-        self._inner = mlp_down.in_features + experts_down.in_features
-        self._experts = up.out_features - 2 * self._inner
+    def __init__(
+        self,
+        gated: GatedTileLinear,
+        mlp_down: TileLinear,
+        router: TileLinear,
+        experts_down: TileLinear,
+        per_token: int,
+    ) -> None:
+        self._gated, self._mlp_down, self._router, self._experts_down = gated, mlp_down, router, experts_down
+        self._sizes = (mlp_down.in_features, experts_down.in_features)
         self._per_token = per_token
 
-    def __call__(self, normed: Tensor) -> Tensor:
-        gate, up, scores = self._up(normed).split((self._inner, self._inner, self._experts), dim=-1)
-        inner = functional.gelu(gate, approximate="tanh").mul_(up)
+    def __call__(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        mlp, experts = self._gated(normed).split_with_sizes(self._sizes, dim=-1)
+        scores = self._router(normed.float())
         weights, chosen = route(scores, self._per_token)
-        weight_of = torch.zeros(scores.shape, dtype=inner.dtype, device=inner.device)
-        weight_of.scatter_(-1, chosen, weights.to(inner.dtype))
-        mlp, experts = inner.split((self._mlp_down.in_features, self._experts_down.in_features), dim=-1)
-        experts = experts.unflatten(-1, (self._experts, -1)) * weight_of.unsqueeze(-1)
-        return torch.stack((self._mlp_down(mlp), self._experts_down(experts.flatten(-2))))
+        weight_of = torch.zeros_like(scores).scatter_(-1, chosen, weights).to(experts.dtype)
+        weighted = experts.view(*scores.shape, -1) * weight_of.unsqueeze(-1)
+        return self._mlp_down(mlp), self._experts_down(weighted.view(experts.shape))
 
 
 class RoutedFeedForward:
@@ -62,24 +67,22 @@ class RoutedFeedForward:
 
     def __init__(
         self,
-        mlp_up: TileLinear,
+        mlp_gated: GatedTileLinear,
         mlp_down: TileLinear,
         router: TileLinear,
         gate_up: Tensor,
         down: Tensor,
         per_token: int,
     ) -> None:
-        self._mlp_up, self._mlp_down, self._router = mlp_up, mlp_down, router
+        self._mlp_gated, self._mlp_down, self._router = mlp_gated, mlp_down, router
         self._gate_up, self._down, self._per_token = gate_up, down, per_token
         self._run = _grouped if _has_grouped_product(gate_up) else _one_by_one
 
-    def __call__(self, normed: Tensor) -> Tensor:
-        gate, up = self._mlp_up(normed).chunk(2, dim=-1)
-        mlp = self._mlp_down(functional.gelu(gate, approximate="tanh").mul_(up))
+    def __call__(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         weights, chosen = route(self._router(normed.float()), self._per_token)
         rows = self._run(normed, chosen, self._gate_up, self._down)
         experts = (rows * weights.to(rows.dtype).unsqueeze(-1)).sum(dim=-2)
-        return torch.stack((mlp, experts))
+        return self._mlp_down(self._mlp_gated(normed)), experts
 
 
 def _has_grouped_product(weight: Tensor) -> bool:

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from cluster.checkpoint import ModelConfig
-from deployments.engine.torch_tp.norm import RmsNorm
-from deployments.engine.torch_tp.plan import AttentionGroup, StepPlan
-from deployments.engine.torch_tp.rotary import rotate, rotation_table
+from deployments.engine.torch_tp.attention import HeadMemory
+from deployments.engine.torch_tp.norm import UnitNorm
+from deployments.engine.torch_tp.plan import StepPlan
+from deployments.engine.torch_tp.rotary import rotation_table
 from deployments.engine.torch_tp.weights import LayerWeights, ModelWeights
 
 
@@ -24,14 +25,15 @@ class Model:
         device = weights.embedding.device
         self._config, self._weights = config, weights
         self._dtype = weights.embedding.dtype
-        self._norm = RmsNorm(config.rms_norm_eps, device)
+        self._norm = UnitNorm(config.hidden_size, config.rms_norm_eps, device)
         # The reference rounds this factor to the embedding's dtype before it multiplies.
         self.embed_scale = float(torch.tensor(config.hidden_size**0.5, dtype=self._dtype))
+        heads = {layer.is_sliding: layer.attention.shape for layer in weights.layers}
         ropes = {True: config.sliding_rope, False: config.full_rope}
         self._rotations = {
-            layer.is_sliding: rotation_table(ropes[layer.is_sliding], layer.head_dim, positions, device)
-            for layer in config.layers
+            kind: rotation_table(ropes[kind], shape.head_dim, positions, device) for kind, shape in heads.items()
         }
+        self._memory = {kind: HeadMemory(shape, config.canvas_tokens, device) for kind, shape in heads.items()}
 
     def forward(self, plan: StepPlan, soft: Tensor, cache: tuple[Tensor, ...]) -> Tensor:
         """One pass over a step's tiles.
@@ -41,14 +43,23 @@ class Model:
         Returns the last hidden rows of the denoising tiles, [denoise tiles, rows, hidden], after the final norm.
         """
         x = self._embed(plan, soft)
-        rows = x.shape[:2]
+        tiles, rows, _ = x.shape
+        buffers = {kind: memory.buffers(tiles) for kind, memory in self._memory.items()}
         rotations = {
-            kind: table.index_select(0, plan.positions).view(*rows, 1, -1) for kind, table in self._rotations.items()
+            kind: table.index_select(0, plan.positions).view(tiles, rows, 1, -1)
+            for kind, table in self._rotations.items()
         }
         for layer, keys_values in zip(self._weights.layers, cache, strict=True):
-            groups = plan.sliding if layer.shape.is_sliding else plan.full
-            rotation = rotations[layer.shape.is_sliding]
-            x = self._attention(layer, x, rotation, keys_values, plan.write_rows, groups)
+            kind = layer.is_sliding
+            mixed = layer.attention(
+                self._norm(x).to(self._dtype),
+                rotations[kind],
+                keys_values,
+                plan.write_rows,
+                plan.sliding if kind else plan.full,
+                buffers[kind],
+            )
+            x = torch.addcmul(x, self._norm(mixed), layer.post_attention_norm).to(self._dtype)
             x = self._feed_forward(layer, x)
         if plan.denoising is not None:
             x = x.index_select(0, plan.denoising)
@@ -80,44 +91,12 @@ class Model:
 
     def _condition(self, embedded: Tensor, soft: Tensor) -> Tensor:
         """Adds what the last step believed: embedding + gated MLP(norm(soft)), normed."""
-        gate, up = self._weights.condition_up(self._norm(soft).to(self._dtype)).chunk(2, dim=-1)
-        signal = self._weights.condition_down(functional.gelu(gate, approximate="tanh").mul_(up))
-        return self._norm(signal.add_(embedded)).to(self._dtype)
-
-    def _attention(
-        self,
-        layer: LayerWeights,
-        x: Tensor,
-        rotation: Tensor,
-        keys_values: Tensor,
-        write_rows: Tensor,
-        groups: tuple[AttentionGroup, ...],
-    ) -> Tensor:
-        shape, queries = layer.shape, layer.query_heads
-        fused = layer.qkv(self._norm(x).to(self._dtype)).unflatten(-1, (-1, shape.head_dim))
-        heads = self._norm(fused)
-        turned = rotate(heads[:, :, : len(layer.head_norm)] * layer.head_norm, rotation)
-        new = torch.cat((turned[:, :, queries:], heads[:, :, layer.value_head :][:, :, : shape.kv_heads]), dim=2)
-        keys_values.index_copy_(0, write_rows, new.flatten(0, 1).to(self._dtype))
-        # Query heads that share a kv head become rows of one matrix, so keys and values are never repeated.
-        stacked = turned[:, :, :queries].unflatten(2, (shape.kv_heads, -1)).permute(0, 2, 3, 1, 4)
-        query = stacked.flatten(2, 3).to(self._dtype)
-        mixed = [self._attend(query, keys_values, group) for group in groups]
-        out = layer.out(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
-        return torch.addcmul(x, self._norm(out), layer.post_attention_norm).to(self._dtype)
-
-    def _attend(self, query: Tensor, keys_values: Tensor, group: AttentionGroup) -> Tensor:
-        """query [tiles, kv_heads, query_group * rows, head_dim] -> [group's tiles, rows, heads * head_dim]."""
-        tiles, rows = group.last - group.first, self._config.canvas_tokens
-        seen = keys_values.index_select(0, group.key_rows).unflatten(1, (2, -1)).unflatten(0, (tiles, -1))
-        key, value = seen.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = functional.scaled_dot_product_attention(
-            query[group.first : group.last], key, value, attn_mask=group.mask, scale=1.0
-        )
-        return mixed.view(*mixed.shape[:2], -1, rows, mixed.shape[-1]).permute(0, 3, 1, 2, 4).flatten(2)
+        signal = self._weights.condition_down(self._weights.condition_gated(self._norm(soft).to(self._dtype)))
+        return self._norm(signal.add_(embedded)).mul_(self._config.hidden_size**0.5).to(self._dtype)
 
     def _feed_forward(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        branches = self._norm(layer.feed_forward(self._norm(x).to(self._dtype))) * layer.branch_norms
-        total = self._norm(branches.sum(dim=0).to(self._dtype))
+        mlp, experts = layer.feed_forward(self._norm(x).to(self._dtype))
+        both = torch.addcmul(self._norm(mlp) * layer.mlp_norm, self._norm(experts), layer.experts_norm)
+        total = self._norm(both.to(self._dtype))
         kept = x if layer.scalar == 1.0 else x * layer.scalar
         return torch.addcmul(kept, total, layer.post_norm).to(self._dtype)

@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 
-class RmsNorm:
-    """Divides by sqrt(mean(x^2) + eps) over the last dimension, in float32; weights are applied by the caller.
+class UnitNorm:
+    """x / sqrt(sum(x^2) + size * eps) over a last dimension of `size`, in float32.
 
-    torch's own rms_norm is six operations on CPU; this is four, and its result can join the next operation.
+    That is RMS normalisation without its factor sqrt(size), which the loader folds, with the norm's own weight, into
+    what follows (`weights`). torch's rms_norm is six operations on CPU, this is three.
     """
 
-    def __init__(self, eps: float, device: torch.device) -> None:
-        self._eps = torch.tensor(eps, dtype=torch.float32, device=device)
+    def __init__(self, size: int, eps: float, device: torch.device) -> None:
+        self._floor = torch.tensor((size * eps) ** 0.5, dtype=torch.float32, device=device)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Normalised x, always float32."""
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Normalised x [..., size], always float32; written to `out` (float32, the shape of x) when given."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return x * torch.addcmul(self._eps, length, length, value=1.0 / x.shape[-1]).rsqrt_()
+        return torch.div(x, length.hypot_(self._floor), out=out)

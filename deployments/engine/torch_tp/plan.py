@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from cluster.checkpoint import ModelConfig
 from deployments.engine.torch_tp.cache import TRASH_ROW
 
 IntArray = NDArray[np.int64]
-MIN_CONTEXT_BUCKET = 64
+CONTEXT_BUCKET_TOKENS = 32
 NOWHERE = np.iinfo(np.int64).max
 
 
@@ -49,8 +49,8 @@ class Tile:
 class AttentionGroup:
     """Tiles [first, last) that share one padded key length `keys`.
 
-    `key_rows` int64 [tiles * keys]: where each tile's keys lie in the cache. `mask` [tiles, 1, group * rows, keys]
-    in the run dtype: 0 where a row sees a key, else -inf; query heads of one kv head are stacked along the rows.
+    `key_rows` int64 [tiles * keys]: where each tile's keys lie in the cache. `mask` [tiles, 1, rows * group, keys]
+    in the run dtype: 0 where a row sees a key, else -inf; the query heads that share a kv head are rows of their own.
     """
 
     first: int
@@ -73,9 +73,12 @@ class StepPlan:
 
 
 def context_bucket(tokens: int) -> int:
-    """The padded length of a context: multiples of 64, and from 512 on of a quarter of the power of two below."""
-    step = max(MIN_CONTEXT_BUCKET, 1 << max((tokens - 1).bit_length() - 3, 0))
-    return max(-(-tokens // step) * step, MIN_CONTEXT_BUCKET)
+    """The padded length of a context: multiples of 32, and from 256 on of a quarter of the power of two below.
+
+    Fewer lengths make larger groups, more lengths less padding.
+    """
+    step = max(CONTEXT_BUCKET_TOKENS, 1 << max((tokens - 1).bit_length() - 3, 0))
+    return max(-(-tokens // step) * step, CONTEXT_BUCKET_TOKENS)
 
 
 class Planner:
@@ -87,14 +90,25 @@ class Planner:
         self._last_position = context_tokens - 1
         self._dtype, self._device = dtype, device
         self._offsets = np.arange(config.canvas_tokens)
+        self._latest: StepPlan | None = None
+        self._latest_tiles: list[Tile] = []
         self._query_groups = {layer.is_sliding: config.attention_heads // layer.kv_heads for layer in config.layers}
 
     def build(self, tiles: Sequence[Tile]) -> StepPlan:
+        """The plan of one step; a step that only goes on with the canvases of the last one reuses its plan."""
+        tokens = self._upload(np.stack([tile.tokens for tile in tiles]))
+        if self._latest is None or not _same_places(self._latest_tiles, tiles):
+            self._latest_tiles, self._latest = list(tiles), self._build(tiles, tokens)
+        else:
+            self._latest = replace(self._latest, tokens=tokens)
+        return self._latest
+
+    def _build(self, tiles: Sequence[Tile], tokens: Tensor) -> StepPlan:
         starts = np.array([tile.start for tile in tiles])
         positions = np.minimum(starts[:, None] + self._offsets, self._last_position)
         denoising = [index for index, tile in enumerate(tiles) if tile.denoises]
         return StepPlan(
-            tokens=self._upload(np.stack([tile.tokens for tile in tiles])),
+            tokens=tokens,
             positions=self._upload(positions.reshape(-1)),
             write_rows=self._upload(np.concatenate([tile.write_rows for tile in tiles])),
             denoising=None if len(denoising) == len(tiles) else self._upload(np.array(denoising, dtype=np.int64)),
@@ -150,4 +164,12 @@ class Planner:
     def _mask(self, seen: NDArray[np.bool_], query_group: int) -> Tensor:
         visible = torch.from_numpy(seen).to(self._device)[:, None]
         mask = torch.zeros(visible.shape, dtype=self._dtype, device=self._device)
-        return mask.masked_fill_(~visible, -torch.inf).repeat(1, 1, query_group, 1)
+        return mask.masked_fill_(~visible, -torch.inf).repeat_interleave(query_group, dim=2)
+
+
+def _same_places(before: Sequence[Tile], now: Sequence[Tile]) -> bool:
+    """Whether these are the same canvases on the same context. `is`: a job's rows are one array for its life."""
+    return len(before) == len(now) and all(
+        old.denoises and old.slot == new.slot and old.start == new.start and old.context_rows is new.context_rows
+        for old, new in zip(before, now, strict=True)
+    )

@@ -1,4 +1,4 @@
-"""Rotary positions as one complex product, with the head's dimensions reordered so that the pairs are neighbours."""
+"""Rotary positions as one complex product, with a head's dimensions reordered so that the pairs are neighbours."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ def pair_order(head_dim: int) -> Tensor:
     return torch.arange(head_dim).view(2, head_dim // 2).t().reshape(-1)
 
 
-def rotate(heads: Tensor, rotation: Tensor) -> Tensor:
-    """Turns reordered heads, float32 [tiles, rows, heads, head_dim], by complex64 [tiles, rows, 1, head_dim / 2]."""
-    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2)
+def as_pairs(heads: Tensor) -> Tensor:
+    """Reordered heads, float32 [..., head_dim], as complex64 [..., head_dim / 2] on the same memory."""
+    return torch.view_as_complex(heads.view(*heads.shape[:-1], heads.shape[-1] // 2, 2))

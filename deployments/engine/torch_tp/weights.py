@@ -1,8 +1,9 @@
 """Loads a checkpoint into the fused form that the forward uses, tensor by tensor.
 
-Fused once, in float32, before the cast to the run dtype: q, k and v into one matrix; gate and up into one; the norm
-before a matrix into its columns; the router's scale and hidden^-0.5 into its matrix; the experts' per-expert scale
-into their down matrix; the layer's scalar into its last norm. Heads are reordered for `rotary.rotate`.
+Fused once, in float32, before the cast to the run dtype: q, k and v into one matrix; the gates, and the ups, of all
+branches; the norm before a matrix into its columns, with the factor that `norm.UnitNorm` leaves out; the router's
+scale into its matrix; the experts' per-expert scale into their down matrix; the layer's scalar into its last norm.
+Heads and their dimensions are reordered as `attention.HeadShape` and `rotary.pair_order` say.
 `Shard` is where tensor parallelism will cut; today there is one rank and nothing is cut.
 """
 
@@ -18,13 +19,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cluster.checkpoint import Checkpoint, LayerConfig, ModelConfig
+from deployments.engine.torch_tp.attention import Attention, HeadShape
 from deployments.engine.torch_tp.experts import (
     MAX_DENSE_EXPERTS,
     DenseFeedForward,
     FeedForward,
     RoutedFeedForward,
 )
-from deployments.engine.torch_tp.linear import TileLinear
+from deployments.engine.torch_tp.linear import GatedTileLinear, TileLinear
+from deployments.engine.torch_tp.norm import UnitNorm
 from deployments.engine.torch_tp.rotary import pair_order
 
 Get = Callable[[str], Tensor]
@@ -40,33 +43,27 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer. Norm weights are float32 [hidden]; `head_norm` is float32 [q_heads + kv_heads, head_dim].
+    """One layer. Norm weights are float32 [hidden]: `mlp_norm` and `experts_norm` follow the two branches of the
+    feed-forward, `post_norm` their sum, and it has the layer's `scalar` in it already."""
 
-    `value_head` is where, among the normed heads of `qkv`, the values start: on full-attention layers they are the
-    keys' heads, before weight and rotation. `branch_norms` [2, 1, 1, hidden] follow the feed-forward's branches.
-    """
-
-    shape: LayerConfig
-    query_heads: int
-    value_head: int
-    qkv: TileLinear
-    head_norm: Tensor
-    out: TileLinear
+    is_sliding: bool
+    attention: Attention
     post_attention_norm: Tensor
     feed_forward: FeedForward
-    branch_norms: Tensor
+    mlp_norm: Tensor
+    experts_norm: Tensor
     post_norm: Tensor
     scalar: float
 
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """The whole model. `embedding` is [vocab, hidden] in the run dtype and shared with `head` on CUDA."""
+    """The whole model. `embedding` is [vocab, hidden] in the run dtype; on CUDA `head` shares its memory."""
 
     embedding: Tensor
     head: TileLinear
     soft_embedding: TileLinear
-    condition_up: TileLinear
+    condition_gated: GatedTileLinear
     condition_down: TileLinear
     final_norm: Tensor
     layers: tuple[LayerWeights, ...]
@@ -82,9 +79,17 @@ def load_weights(
     with _OpenFiles() as files:
 
         def get(name: str) -> Tensor:
-            return files.tensor(checkpoint.tensors[name].file, name).float()
+            # A copy: the tensor is a view of the mapped file, which may change while this process serves.
+            weight = files.tensor(checkpoint.tensors[name].file, name).to(torch.float32, copy=True)
+            # UnitNorm leaves the factor of RMS normalisation to the weight of the norm.
+            return weight * len(weight) ** 0.5 if _is_norm(name) else weight
 
         return _Loader(checkpoint.config, get, dtype, device).model()
+
+
+def _is_norm(name: str) -> bool:
+    """q_norm.weight, input_layernorm.weight, post_feedforward_layernorm_2.weight, ..."""
+    return "norm" in name.split(".")[-2]
 
 
 class _OpenFiles:
@@ -114,12 +119,14 @@ class _Loader:
     def model(self) -> ModelWeights:
         get, prefix = self._get, "model.decoder.self_conditioning"
         embedding = get("model.decoder.embed_tokens.weight").to(self._device, self._dtype)
-        up = torch.cat((get(f"{prefix}.gate_proj.weight"), get(f"{prefix}.up_proj.weight")))
+        norm = get(f"{prefix}.pre_norm.weight")
         return ModelWeights(
             embedding=embedding,
             head=TileLinear(embedding),
             soft_embedding=TileLinear(embedding.t()),
-            condition_up=self._linear(up * get(f"{prefix}.pre_norm.weight")),
+            condition_gated=self._gated(
+                get(f"{prefix}.gate_proj.weight") * norm, get(f"{prefix}.up_proj.weight") * norm
+            ),
             condition_down=self._linear(get(f"{prefix}.down_proj.weight")),
             final_norm=self._vector(get("model.decoder.norm.weight")),
             layers=tuple(self._layer(index, shape) for index, shape in enumerate(self._config.layers)),
@@ -127,6 +134,9 @@ class _Loader:
 
     def _linear(self, weight: Tensor) -> TileLinear:
         return TileLinear(weight.to(self._device, self._dtype))
+
+    def _gated(self, gate: Tensor, up: Tensor) -> GatedTileLinear:
+        return GatedTileLinear(gate.to(self._device, self._dtype), up.to(self._device, self._dtype))
 
     def _vector(self, weight: Tensor) -> Tensor:
         return weight.to(self._device, torch.float32)
@@ -136,69 +146,67 @@ class _Loader:
             return self._get(f"model.decoder.layers.{index}.{name}")
 
         scalar = float(get("layer_scalar"))
-        query_heads, kv_heads = self._config.attention_heads, shape.kv_heads
-        norms = [get(f"post_feedforward_layernorm_{branch}.weight") for branch in (1, 2)]
         return LayerWeights(
-            shape=shape,
-            query_heads=query_heads,
-            value_head=query_heads + (kv_heads if shape.is_sliding else 0),
-            qkv=self._linear(_fused_qkv(get, shape)),
-            head_norm=self._vector(_head_norm(get, query_heads, shape)),
-            out=self._linear(_out(get, shape)),
+            is_sliding=shape.is_sliding,
+            attention=self._attention(get, shape),
             post_attention_norm=self._vector(get("post_attention_layernorm.weight")),
             feed_forward=self._feed_forward(get),
-            branch_norms=self._vector(torch.stack(norms)[:, None, None]),
+            mlp_norm=self._vector(get("post_feedforward_layernorm_1.weight")),
+            experts_norm=self._vector(get("post_feedforward_layernorm_2.weight")),
             post_norm=self._vector(get("post_feedforward_layernorm.weight") * scalar),
             scalar=scalar,
         )
+
+    def _attention(self, get: Get, layer: LayerConfig) -> Attention:
+        shape = HeadShape(self._config.attention_heads, layer.kv_heads, layer.head_dim, own_values=layer.is_sliding)
+        order = pair_order(shape.head_dim)
+        queries = _as_heads(get("self_attn.q_proj.weight"), shape)[_head_order(shape)][:, order]
+        keys = _as_heads(get("self_attn.k_proj.weight"), shape)[:, order]
+        values = [_as_heads(get("self_attn.v_proj.weight"), shape)] if shape.own_values else []
+        fused = torch.cat((queries, keys, *values)).flatten(0, 1) * get("input_layernorm.weight")
+        norms = [get(f"self_attn.{name}_norm.weight")[order] for name in ("q", "k")]
+        head_norm = torch.cat((norms[0].expand(shape.query_heads, -1), norms[1].expand(shape.kv_heads, -1)))
+        # Values that are keys come with their dimensions in the keys' order.
+        inner = slice(None) if shape.own_values else order
+        out = _as_heads(get("self_attn.o_proj.weight").t(), shape)[_head_order(shape)][:, inner]
+        norm = UnitNorm(shape.head_dim, self._config.rms_norm_eps, self._device)
+        # Values are normed without a weight, so their norm's factor goes into what they are multiplied with.
+        weighted_out = out.flatten(0, 1).t() * shape.head_dim**0.5
+        return Attention(shape, norm, self._linear(fused), self._vector(head_norm), self._linear(weighted_out))
 
     def _feed_forward(self, get: Get) -> FeedForward:
         config = self._config
         norm = get("pre_feedforward_layernorm.weight")
         gate, up = get("mlp.gate_proj.weight") * norm, get("mlp.up_proj.weight") * norm
-        down = get("mlp.down_proj.weight")
-        router = get("router.proj.weight") * (get("router.scale") * config.hidden_size**-0.5)
+        down = self._linear(get("mlp.down_proj.weight"))
+        # The router norms without a weight and scales by hidden^-0.5, which is what UnitNorm gives.
+        router = TileLinear(self._vector(get("router.proj.weight") * get("router.scale")))
         experts_up = get("experts.gate_up_proj") * get("pre_feedforward_layernorm_2.weight")
         experts_down = get("experts.down_proj") * get("router.per_expert_scale")[:, None, None]
         if config.experts > MAX_DENSE_EXPERTS:
             return RoutedFeedForward(
-                self._linear(torch.cat((gate, up))),
-                self._linear(down),
-                TileLinear(router.to(self._device)),
+                self._gated(gate, up),
+                down,
+                router,
                 experts_up.to(self._device, self._dtype),
                 experts_down.to(self._device, self._dtype),
                 config.experts_per_token,
             )
         expert_gates, expert_ups = (half.flatten(0, 1) for half in experts_up.chunk(2, dim=1))
         return DenseFeedForward(
-            self._linear(torch.cat((gate, expert_gates, up, expert_ups, router))),
-            self._linear(down),
+            self._gated(torch.cat((gate, expert_gates)), torch.cat((up, expert_ups))),
+            down,
+            router,
             self._linear(experts_down.transpose(0, 1).flatten(1)),
             config.experts_per_token,
         )
 
 
-def _reordered(weight: Tensor, head_dim: int) -> Tensor:
-    """Puts the rows [heads * head_dim, in] of each head in the order of `rotary.pair_order`."""
-    return weight.reshape(-1, head_dim, weight.shape[1])[:, pair_order(head_dim)].flatten(0, 1)
+def _as_heads(weight: Tensor, shape: HeadShape) -> Tensor:
+    """[heads * head_dim, in] -> [heads, head_dim, in]."""
+    return weight.reshape(-1, shape.head_dim, weight.shape[1])
 
 
-def _fused_qkv(get: Get, shape: LayerConfig) -> Tensor:
-    parts = [_reordered(get(f"self_attn.{name}_proj.weight"), shape.head_dim) for name in ("q", "k")]
-    if shape.is_sliding:
-        parts.append(get("self_attn.v_proj.weight"))
-    return torch.cat(parts) * get("input_layernorm.weight")
-
-
-def _head_norm(get: Get, query_heads: int, shape: LayerConfig) -> Tensor:
-    order = pair_order(shape.head_dim)
-    query, key = get("self_attn.q_norm.weight")[order], get("self_attn.k_norm.weight")[order]
-    return torch.cat((query.expand(query_heads, -1), key.expand(shape.kv_heads, -1)))
-
-
-def _out(get: Get, shape: LayerConfig) -> Tensor:
-    out = get("self_attn.o_proj.weight")
-    if shape.is_sliding:
-        return out
-    # Values that are keys come in the keys' order.
-    return _reordered(out.t(), shape.head_dim).t()
+def _head_order(shape: HeadShape) -> Tensor:
+    """Where the query heads of HeadShape come from: in a checkpoint, heads of one kv head are neighbours."""
+    return torch.arange(shape.query_heads).view(shape.kv_heads, shape.query_group).t().reshape(-1)
