@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,6 +36,7 @@ Report = Callable[[str], None]
 
 WARDEN_MODULE = "deployments.local"
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parents[1] / "models" / "tiny"
+RAY_DIR_PREFIX = "easel-ray-"
 START_TIMEOUT_S = 180.0
 WARDEN_TIMEOUT_S = 3 * START_TIMEOUT_S
 STOP_TIMEOUT_S = 60.0
@@ -67,6 +69,7 @@ class LocalCluster:
     redis_pid: int | None
     checkpoint: str
     log_dir: str
+    ray_dir: str
 
 
 def up(options: UpOptions, report: Report) -> LocalCluster:
@@ -260,6 +263,8 @@ def _end_leftovers(report: Report) -> bool:
         left += _kill(_redis_of(cluster))
     if left:
         report(f"ended {left} processes that an earlier cluster left")
+    if Path(cluster.ray_dir).name.startswith(RAY_DIR_PREFIX):
+        shutil.rmtree(cluster.ray_dir, ignore_errors=True)
     record_path().unlink(missing_ok=True)
     return left > 0
 

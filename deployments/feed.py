@@ -22,7 +22,7 @@ class Feed:
         self._canvases: list[v1.GenerateEvent] = []
         self._readers: set[asyncio.Queue[v1.GenerateEvent | None]] = set()
         self._end: v1.GenerateEvent | EaselError | None = None
-        self.attached = 0
+        self.attached = 0  # callers whose leaving ends the job, counted by the services
 
     @property
     def ended(self) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 
 import grpc
 
@@ -36,50 +36,60 @@ class GenerationService(v1_grpc.GenerationServicer):
         self, request: v1.GenerateRequest, context: GenerateContext
     ) -> v1.GenerateResponse:
         """See generation.proto."""
-        ticket = await self._intake.admit(request, deadline_s=context.time_remaining(), drafts=False)
+        ticket = await self._admitted(request, context.time_remaining(), drafts=False)
         response = v1.GenerateResponse(
             job_id=ticket.spec.job_id, model=self._intake.card.name, seed=ticket.spec.sampling.seed
         )
-        async with aclosing(self._attached(ticket, drafts=False)) as events:
-            async for event in events:
-                _add(response, event)
+        with self._caller(ticket):
+            async with aclosing(self._intake.events(ticket.spec.job_id, ticket.feed)) as events:
+                async for event in events:
+                    _add(response, event)
         return response
 
     async def StreamGenerate(  # noqa: N802 - named by the proto
         self, request: v1.GenerateRequest, context: StreamContext
     ) -> AsyncIterator[v1.GenerateEvent]:
         """See generation.proto."""
-        ticket = await self._intake.admit(request, deadline_s=context.time_remaining(), drafts=True)
-        yield convert.accepted_event(
-            ticket.spec.job_id,
-            len(ticket.spec.prompt_tokens),
-            self._intake.card.name,
-            ticket.spec.sampling.seed,
-            joined=ticket.joined,
-        )
-        async with aclosing(self._attached(ticket, drafts=request.drafts)) as events:
-            async for event in events:
-                yield event
+        ticket = await self._admitted(request, context.time_remaining(), drafts=True)
+        with self._caller(ticket):
+            yield convert.accepted_event(
+                ticket.spec.job_id,
+                len(ticket.spec.prompt_tokens),
+                self._intake.card.name,
+                ticket.spec.sampling.seed,
+                joined=ticket.joined,
+            )
+            stream = self._intake.events(ticket.spec.job_id, ticket.feed, drafts=request.drafts)
+            async with aclosing(stream) as events:
+                async for event in events:
+                    yield event
 
     async def close(self, timeout_s: float) -> None:
         """Wait for cancels under way."""
         if self._cancelling:
             await asyncio.wait(self._cancelling, timeout=timeout_s)
 
-    async def _attached(self, ticket: Ticket, *, drafts: bool) -> AsyncGenerator[v1.GenerateEvent, None]:
-        """The job's events while this caller stays; the last caller that leaves takes the job with it."""
+    async def _admitted(self, request: v1.GenerateRequest, left_s: float | None, *, drafts: bool) -> Ticket:
+        return await self._intake.admit(request, deadline_s=left_s, drafts=drafts, abandoned=self._left)
+
+    @contextmanager
+    def _caller(self, ticket: Ticket) -> Iterator[None]:
+        """Count a caller in and out: the last one that leaves takes the job with it."""
         feed = ticket.feed
-        if feed is not None:
-            feed.attached += 1
+        if feed is None:
+            yield
+            return
+        feed.attached += 1
         try:
-            async with aclosing(self._intake.events(ticket.spec.job_id, feed, drafts=drafts)) as events:
-                async for event in events:
-                    yield event
+            yield
         finally:
-            if feed is not None:
-                feed.attached -= 1
-                if not feed.attached and not feed.ended and not _at_deadline(ticket):
-                    self._cancel_later(ticket.spec.job_id)
+            feed.attached -= 1
+            self._left(ticket)
+
+    def _left(self, ticket: Ticket) -> None:
+        feed = ticket.feed
+        if feed is not None and not feed.attached and not feed.ended and not _at_deadline(ticket):
+            self._cancel_later(ticket.spec.job_id)
 
     def _cancel_later(self, job_id: str) -> None:
         """Cancel beside the call: the call itself is being cancelled and can await nothing more."""

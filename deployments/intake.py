@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
 from cluster.core import JobSpec, ModelCard
@@ -54,14 +54,33 @@ class Intake:
         self._store = store
         self._doorbell = doorbell
         self._supervisor = supervisor
+        self._admitting: set[asyncio.Task[Ticket]] = set()
         self.card = card
 
-    async def admit(self, request: v1.GenerateRequest, *, deadline_s: float | None, drafts: bool) -> Ticket:
+    async def admit(
+        self,
+        request: v1.GenerateRequest,
+        *,
+        deadline_s: float | None,
+        drafts: bool,
+        abandoned: Callable[[Ticket], None] = lambda _: None,
+    ) -> Ticket:
         """Check and store a request, and take charge of it if it is new.
 
-        `deadline_s` is what is left of the gRPC deadline. Raises InvalidRequest, QueueFull, RequestIdReused or
-        Unavailable; nothing is stored then.
+        `deadline_s` is what is left of the gRPC deadline. A caller that leaves meanwhile does not stop this half-way,
+        for Redis may hold the job already: it is finished, and `abandoned` gets the ticket. Raises InvalidRequest,
+        QueueFull, RequestIdReused or Unavailable; nothing is stored then.
         """
+        admitting = asyncio.create_task(self._admit(request, deadline_s, drafts))
+        self._admitting.add(admitting)
+        admitting.add_done_callback(self._admitting.discard)
+        try:
+            return await asyncio.shield(admitting)
+        except asyncio.CancelledError:
+            admitting.add_done_callback(lambda done: _hand_over(done, abandoned))
+            raise
+
+    async def _admit(self, request: v1.GenerateRequest, deadline_s: float | None, drafts: bool) -> Ticket:
         parsed = await self._parsed(request, deadline_s)
         created, placement = await self._store.submit(self._new_job(parsed))
         if not created:
@@ -112,3 +131,8 @@ class Intake:
 
 def _deadline(timeout_ms: int | None) -> float | None:
     return None if timeout_ms is None else asyncio.get_running_loop().time() + timeout_ms / 1000
+
+
+def _hand_over(admitted: asyncio.Task[Ticket], abandoned: Callable[[Ticket], None]) -> None:
+    if not admitted.cancelled() and admitted.exception() is None:
+        abandoned(admitted.result())

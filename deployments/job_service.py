@@ -35,6 +35,8 @@ class JobService(jobs_grpc.JobsServicer):
         """See jobs.proto. The call's own deadline bounds the call, not the job."""
         with under("request"):
             ticket = await self._intake.admit(request.request, deadline_s=None, drafts=True)
+        if ticket.feed is not None:
+            ticket.feed.attached += 1  # for good: a caller of Generate that joins and leaves must not end it
         return _job(await self._store.get(ticket.spec.job_id))
 
     async def Get(  # noqa: N802

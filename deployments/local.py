@@ -32,7 +32,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray import serve
 
 from cluster.config import Settings, StateSettings, parse_settings
-from cluster.embedded import START_TIMEOUT_S, LocalCluster, record, record_path
+from cluster.embedded import RAY_DIR_PREFIX, START_TIMEOUT_S, LocalCluster, record, record_path
 from cluster.errors import EaselError, StartupError, Unavailable
 from cluster.jobs.connection import connect, without_password
 from cluster.jobs.store import JobStore
@@ -103,7 +103,7 @@ def main() -> int:
 
 def _start(orders: Orders, reports: Reports, owned: contextlib.ExitStack, stop: threading.Event) -> LocalCluster:
     settings, redis = _start_redis(orders, reports, owned)
-    _start_ray(settings, reports, owned, stop)
+    ray_dir = _start_ray(settings, reports, owned, stop)
     _deploy(settings, reports, stop)
     _until_serving(settings, stop)
     cluster = LocalCluster(
@@ -114,6 +114,7 @@ def _start(orders: Orders, reports: Reports, owned: contextlib.ExitStack, stop: 
         redis_pid=None if redis is None else redis.pid,
         checkpoint=settings.checkpoint,
         log_dir=str(orders.home / "logs"),
+        ray_dir=ray_dir,
     )
     record(cluster)
     owned.callback(lambda: record_path().unlink(missing_ok=True))
@@ -149,12 +150,13 @@ async def _reach_redis(state: StateSettings) -> None:
         await store.close()
 
 
-def _start_ray(settings: Settings, reports: Reports, owned: contextlib.ExitStack, stop: threading.Event) -> None:
+def _start_ray(settings: Settings, reports: Reports, owned: contextlib.ExitStack, stop: threading.Event) -> str:
+    """Start Ray and Serve; returns Ray's own folder."""
     reports.send(say="starting Ray")
     denoiser, router = settings.denoiser, settings.router
     wanted_cpus = denoiser.replicas * denoiser.num_cpus + router.replicas * router.num_cpus
     # Ray's own folder holds sockets, whose paths must be short: not under the state folder.
-    folder = tempfile.mkdtemp(prefix="easel-")
+    folder = tempfile.mkdtemp(prefix=RAY_DIR_PREFIX)
     owned.callback(shutil.rmtree, folder, ignore_errors=True)
     ray.init(
         num_cpus=max(psutil.cpu_count() or 1, int(wanted_cpus) + 1),
@@ -168,6 +170,7 @@ def _start_ray(settings: Settings, reports: Reports, owned: contextlib.ExitStack
     _handle_signals(stop)  # ray.init put its own in place
     serve.start(proxy_location="Disabled", logging_config={"log_level": SERVE_LOG_LEVEL})
     owned.callback(serve.shutdown)
+    return folder
 
 
 def _deploy(settings: Settings, reports: Reports, stop: threading.Event) -> None:

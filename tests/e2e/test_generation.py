@@ -218,3 +218,46 @@ async def test_a_replica_that_cannot_be_reached_draws_no_more_jobs(start: Start,
     answers = [await client.generate(tokens=[2], seed=n, max_new_tokens=32) for n in range(4)]
     assert {answer.replica for answer in answers} == {"denoiser-1"}
     assert [row.replica for row in (await client.status()).replicas] == ["denoiser-1"]
+
+
+async def test_a_caller_that_leaves_at_any_moment_leaves_no_job_behind(start: Start, connect: Connect) -> None:
+    stack = await start(step_time_ms=5.0, steps_per_canvas=200, slots=4)
+    client = connect(stack)
+    await client.status()
+    for number in range(60):
+        call = asyncio.create_task(client.generate(tokens=[2], max_new_tokens=96, request_id=f"gone-{number}"))
+        await asyncio.sleep(number * 0.0001)
+        call.cancel()
+
+    async def nothing_is_left() -> bool:
+        return not [job async for job in client.jobs() if job.state in {"queued", "running"}]
+
+    await until(nothing_is_left)
+    assert (await client.status()).active == 0
+
+
+async def test_a_caller_that_leaves_after_the_first_event_stops_the_job(start: Start, connect: Connect) -> None:
+    stack = await start(step_time_ms=10.0, steps_per_canvas=200)
+    client = connect(stack)
+    stream = client.stream(tokens=[2], max_new_tokens=96, request_id="glimpse")
+    assert isinstance(await anext(stream), Accepted)
+    await stream.aclose()
+
+    async def is_cancelled() -> bool:
+        return (await client.get("glimpse")).state == "cancelled"
+
+    await until(is_cancelled)
+
+
+async def test_joining_and_leaving_a_submitted_job_does_not_end_it(start: Start, connect: Connect) -> None:
+    stack = await start(step_time_ms=10.0, steps_per_canvas=30)
+    client = connect(stack)
+    await client.submit(tokens=[2], max_new_tokens=32, request_id="kept")
+    joined = asyncio.create_task(client.generate(tokens=[2], max_new_tokens=32, request_id="kept"))
+    await asyncio.sleep(0.1)
+    joined.cancel()
+
+    async def is_done() -> bool:
+        return (await client.get("kept")).state == "succeeded"
+
+    await until(is_done)

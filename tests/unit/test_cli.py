@@ -256,7 +256,7 @@ def test_the_address_comes_from_the_option_the_environment_or_the_local_cluster(
 
 def local_cluster(address: str) -> embedded.LocalCluster:
     return embedded.LocalCluster(
-        pid=1, born_s=0.0, address=address, redis_url="", redis_pid=None, checkpoint="", log_dir="/logs"
+        pid=1, born_s=0.0, address=address, redis_url="", redis_pid=None, checkpoint="", log_dir="/logs", ray_dir=""
     )
 
 
