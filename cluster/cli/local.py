@@ -30,25 +30,34 @@ def up(foreground: bool, **options: Any) -> None:  # noqa: ANN401 - the options 
 
     Returns when the cluster answers; it goes on until `easel down`.
     """
+    chosen = embedded.UpOptions(**options)
     with sigterm_interrupts():
-        running = embedded.up(embedded.UpOptions(**options), click.echo)
-        click.echo(f"easel is up at {running.address}, logs are in {running.log_dir}")
         if foreground:
-            _stay(running)
-            return
-    click.echo("try: easel generate 'count 31 to 34'    stop: easel down")
+            _stay(chosen)
+        else:
+            _say_up(embedded.up(chosen, click.echo))
+            click.echo("try: easel generate 'count 31 to 34'    stop: easel down")
 
 
-def _stay(running: embedded.LocalCluster) -> None:
-    """Wait until the cluster ends or a signal says to end it; it is down after this in every case."""
-    click.echo("Ctrl-C stops it")
-    sys.stdout.flush()
+def _say_up(running: embedded.LocalCluster) -> None:
+    click.echo(f"easel is up at {running.address}, logs are in {running.log_dir}")
+
+
+def _stay(options: embedded.UpOptions) -> None:
+    """Own a cluster until it ends or a signal says to end it; it is down after this in every case."""
+    running = None
+    # The signal can come at any line: between "is up" and the wait as well.
     try:
+        running = embedded.up(options, click.echo)
+        _say_up(running)
+        click.echo("Ctrl-C stops it")
+        sys.stdout.flush()
         embedded.wait_foreground(running)
     except KeyboardInterrupt:
         return
     finally:
-        embedded.down(click.echo)
+        if running is not None:
+            embedded.down(click.echo)
     raise StartupError(f"the cluster ended by itself; see {running.log_dir}")
 
 
