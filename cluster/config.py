@@ -40,7 +40,6 @@ class RouterSettings(_Frozen):
     port: Port = DEFAULT_PORT
     replicas: Annotated[int, Field(ge=1, le=1000)] = 1
     max_request_bytes: Annotated[int, Field(ge=1024, le=64 * 2**20)] = 4 * 2**20
-    connect_timeout_s: Annotated[float, Field(gt=0, le=60)] = 5.0
     look_every_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
     drain_timeout_s: Annotated[float, Field(ge=0, le=600)] = 5.0
     num_cpus: Annotated[float, Field(ge=0, le=256)] = 0.1
@@ -90,8 +89,8 @@ def parse_settings(values: Mapping[str, Any]) -> Settings:
         raise ConfigError("\n".join(_problem(item) for item in error.errors())) from None
 
 
-def load_settings(path: Path) -> Settings:
-    """Read settings from a YAML file. Raises ConfigError when it is missing, no mapping, or out of range."""
+def load_values(path: Path) -> dict[str, Any]:
+    """Read settings from a YAML file, unchecked. Raises ConfigError when it cannot be read or is no mapping."""
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -100,13 +99,27 @@ def load_settings(path: Path) -> Settings:
         raise ConfigError(f"{path}: is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of settings, is {type(values).__name__}")
-    return parse_settings(values)
+    return values
+
+
+def overlay(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with those of `over` that are not None, section by section."""
+    merged = dict(values)
+    for name, value in over.items():
+        below = merged.get(name)
+        if isinstance(value, Mapping) and (below is None or isinstance(below, Mapping)):
+            merged[name] = overlay(below or {}, value)
+        elif value is not None and not isinstance(value, Mapping):
+            merged[name] = value
+    return merged
 
 
 def _problem(item: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"{name}: unknown setting; see cluster/config.py for all of them"
+    if item["type"] == "model_type":
+        return f"{name}: must be a section of settings, is {item['input']!r}"
     if item["type"] == "missing":
         return f"{name}: must be set"
     return f"{name}: {item['input']!r} is not allowed: {item['msg'].removeprefix('Value error, ').lower()}"

@@ -29,7 +29,7 @@ from typing import IO, Any
 import psutil
 
 from cluster.checkpoint import read_checkpoint
-from cluster.config import DEFAULT_PORT, Settings, child_environment, parse_settings, state_dir
+from cluster.config import Settings, child_environment, load_values, overlay, parse_settings, state_dir
 from cluster.errors import StartupError
 
 Report = Callable[[str], None]
@@ -46,15 +46,19 @@ POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:
-    """What `easel up` can be told; None takes the default, and port 0 a free one."""
+    """What `easel up` can be told: a YAML file of settings, and what goes before it. None leaves a default alone.
 
+    Port 0 is a free one.
+    """
+
+    config: str | None = None
     checkpoint: str | None = None
-    replicas: int = 2
-    tp: int = 1
-    port: int = DEFAULT_PORT
-    slots: int = 8
-    engine: str = "torch"
-    dtype: str = "float32"
+    replicas: int | None = None
+    tp: int | None = None
+    port: int | None = None
+    slots: int | None = None
+    engine: str | None = None
+    dtype: str | None = None
     redis_url: str | None = None
 
 
@@ -74,7 +78,9 @@ class LocalCluster:
 
 def up(options: UpOptions, report: Report) -> LocalCluster:
     """Start a cluster as `easel up` does; see `start`."""
-    return start(_settings(options), own_redis=options.redis_url is None, report=report)
+    values = _values(options)
+    own_redis = not (isinstance(values["state"], dict) and values["state"].get("url"))
+    return start(parse_settings(values), own_redis=own_redis, report=report)
 
 
 def start(settings: Settings, *, own_redis: bool, report: Report) -> LocalCluster:
@@ -133,24 +139,26 @@ def record(cluster: LocalCluster) -> None:
     temporary.replace(path)
 
 
-def _settings(options: UpOptions) -> Settings:
-    folder = Path(options.checkpoint or DEFAULT_CHECKPOINT).expanduser().resolve()
-    state = {} if options.redis_url is None else {"url": options.redis_url}
-    denoiser = {
-        "replicas": options.replicas,
-        "slots": options.slots,
-        "tp": options.tp,
-        "engine": options.engine,
-        "dtype": options.dtype,
+def _values(options: UpOptions) -> dict[str, Any]:
+    """The settings that the options stand for, not yet checked."""
+    given = {
+        "checkpoint": options.checkpoint,
+        "state": {"url": options.redis_url},
+        "router": {"port": options.port},
+        "denoiser": {
+            "replicas": options.replicas,
+            "slots": options.slots,
+            "tp": options.tp,
+            "engine": options.engine,
+            "dtype": options.dtype,
+        },
     }
-    return parse_settings(
-        {
-            "checkpoint": str(folder),
-            "state": state,
-            "router": {"port": options.port or _free_port()},
-            "denoiser": denoiser,
-        }
-    )
+    values = overlay({} if options.config is None else load_values(Path(options.config)), given)
+    folder = Path(values.get("checkpoint") or DEFAULT_CHECKPOINT)
+    values["checkpoint"] = str(folder.expanduser().resolve())
+    if isinstance(values["router"], dict) and values["router"].get("port") == 0:
+        values["router"]["port"] = _free_port()
+    return values
 
 
 def _free_port() -> int:

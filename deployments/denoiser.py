@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from cluster.core import Canvas, FinishReason, Usage
+from cluster.core import Canvas, Draft, FinishReason, Usage
 from cluster.errors import EaselError, EngineError, JobCancelled, StaleEpoch, TransitionError, Unavailable
 from cluster.jobs.records import AssignedJob, JobFailure
 from cluster.jobs.store import JobStore
@@ -195,12 +195,14 @@ class Denoiser(pb_grpc.DenoiserServicer):
         ends = self._engine.card.eos_token_ids
         tokens = list(progress.draft_tokens)
         end = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
-        return pb.DraftCanvas(
-            canvas_index=progress.canvas_index,
-            step=progress.step,
-            text=self._decode(tokens[:end]),
-            mean_entropy=progress.mean_entropy,
-            accepted_tokens=progress.accepted_tokens,
+        return convert.draft_to_proto(
+            Draft(
+                canvas_index=progress.canvas_index,
+                step=progress.step,
+                text=self._decode(tokens[:end]),
+                mean_entropy=progress.mean_entropy,
+                accepted_tokens=progress.accepted_tokens,
+            )
         )
 
     def _from_thread(self, report: StepReport) -> None:

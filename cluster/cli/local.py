@@ -15,16 +15,15 @@ from cluster.errors import StartupError
 
 @click.command()
 @click.option("--foreground", is_flag=True, help="Stay until Ctrl-C, then stop the cluster.")
-@click.option("--checkpoint", metavar="DIR", help="Model folder. Default: the demo model of the repository.")
-@click.option("--replicas", type=click.IntRange(1), default=2, show_default=True, help="Denoiser replicas.")
-@click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks per replica.")
-@click.option("--slots", type=click.IntRange(1), default=8, show_default=True, help="Jobs at once per replica.")
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True, help="Port of the router; 0: any."
-)
-@click.option("--redis-url", metavar="URL", help="Redis to use. Default: one of its own.")
-@click.option("--engine", type=click.Choice(["torch", "fake"]), default="torch", show_default=True)
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--config", metavar="FILE", help="Settings in YAML; the options here go before it.")
+@click.option("--checkpoint", metavar="DIR", help="Model folder.  [default: the repository's demo model]")
+@click.option("--replicas", type=click.IntRange(1), help="Denoiser replicas.  [default: 2]")
+@click.option("--tp", type=click.IntRange(1), help="Ranks per replica.  [default: 1]")
+@click.option("--slots", type=click.IntRange(1), help="Jobs at once per replica.  [default: 8]")
+@click.option("--port", type=click.IntRange(0, 65535), help=f"Port of the router; 0: any.  [default: {DEFAULT_PORT}]")
+@click.option("--redis-url", metavar="URL", help="Redis to use.  [default: one of its own]")
+@click.option("--engine", type=click.Choice(["torch", "fake"]), help="What computes.  [default: torch]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Run dtype.  [default: float32]")
 def up(foreground: bool, **options: Any) -> None:  # noqa: ANN401 - the options are those of UpOptions
     """Start a cluster on this machine: Ray, Redis, a router and its replicas.
 

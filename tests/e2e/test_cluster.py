@@ -215,6 +215,7 @@ def test_a_killed_warden_leaves_nothing_after_down(tmp_path: Path) -> None:
         (("--redis-url", "http://x"), "redis url"),
         (("--tp", "2"), "denoiser.tp"),
         (("--replicas", "0"), "replicas"),
+        (("--config", "/nowhere.yaml"), "cannot be read"),
         (("--port", "99999"), "port"),
     ],
 )

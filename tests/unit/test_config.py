@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.config import load_settings, parse_settings, router_address, state_dir
+from cluster.config import load_values, overlay, parse_settings, router_address, state_dir
 from cluster.errors import ConfigError
 
 
@@ -27,6 +27,7 @@ def test_settings_survive_a_trip_through_plain_data() -> None:
         ({}, "checkpoint: must be set"),
         ({"checkpoint": "x", "colour": 1}, "colour: unknown setting"),
         ({"checkpoint": "x", "router": {"prot": 1}}, "router.prot: unknown setting"),
+        ({"checkpoint": "x", "router": 5}, "router: must be a section of settings, is 5"),
         ({"checkpoint": "x", "router": {"port": 70000}}, "router.port: 70000 is not allowed"),
         ({"checkpoint": "x", "denoiser": {"replicas": 0}}, "denoiser.replicas: 0 is not allowed"),
         ({"checkpoint": "x", "denoiser": {"engine": "tpu"}}, "denoiser.engine: 'tpu' is not allowed"),
@@ -54,13 +55,19 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str | None, said: str) -> Non
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError, match=said):
-        load_settings(path)
+        load_values(path)
 
 
 def test_a_file_of_settings_is_read(tmp_path: Path) -> None:
     path = tmp_path / "easel.yaml"
     path.write_text("checkpoint: /models/x\nrouter: {port: 1234}\n")
-    assert load_settings(path).router.port == 1234
+    assert parse_settings(load_values(path)).router.port == 1234
+
+
+def test_what_is_given_goes_over_what_is_in_the_file() -> None:
+    values = {"checkpoint": "a", "router": {"port": 1, "host": "h"}}
+    over = {"checkpoint": None, "router": {"port": 2, "host": None}, "state": {"url": None}}
+    assert overlay(values, over) == {"checkpoint": "a", "router": {"port": 2, "host": "h"}, "state": {}}
 
 
 def test_the_state_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
