@@ -18,7 +18,7 @@ from cluster.rpc import convert
 from cluster.rpc.easel.internal.v1 import denoiser_pb2 as pb
 from cluster.rpc.easel.internal.v1 import denoiser_pb2_grpc as pb_grpc
 from deployments.answer import Answer
-from deployments.attempt import Attempt
+from deployments.attempt import Attempt, attempt_key
 from deployments.engine.api import Commit, Engine, EngineJob, Progress, StepReport
 from deployments.step_loop import StepLoop
 
@@ -28,6 +28,7 @@ Written = TypeVar("Written")
 
 COMMIT_PATIENCE_S = 5.0
 COMMIT_RETRY_S = 0.1
+CLAIM_PATIENCE_S = 5.0
 # The router's clock rings for the same deadline, and its reset can be here a moment before our own.
 DEADLINE_SLACK_S = 0.05
 
@@ -44,6 +45,7 @@ class Denoiser(pb_grpc.DenoiserServicer):
         self._store = store
         self._decode = decode
         self._attempts: dict[str, Attempt] = {}
+        self._unclaimed: dict[str, float] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._steps = StepLoop(engine, on_report=self._from_thread, on_failure=self._failed_in_thread)
@@ -73,11 +75,23 @@ class Denoiser(pb_grpc.DenoiserServicer):
 
     def reconcile(self, assigned: Sequence[AssignedJob], known: frozenset[str]) -> None:
         """Stop runs, out of those `known` when the heartbeat left, that Redis no longer assigns to this replica."""
-        wanted = {f"{job.job_id}#{job.epoch}" for job in assigned}
+        wanted = {attempt_key(job) for job in assigned}
         for key in known - wanted:
             attempt = self._attempts.get(key)
             if attempt is not None:
                 attempt.events.put_nowait(StaleEpoch(f"job {attempt.spec.job_id} is no longer assigned to {self.name}"))
+
+    def disown(self, assigned: Sequence[AssignedJob]) -> None:
+        """Fail jobs that hold a slot here but that no router has brought within CLAIM_PATIENCE_S.
+
+        Their router died between the assignment and its call; without this they would hold their slots for good.
+        """
+        now_s = self._loop.time()
+        missing = {attempt_key(job): job for job in assigned if attempt_key(job) not in self._attempts}
+        self._unclaimed = {key: self._unclaimed.get(key, now_s) for key in missing}
+        for key, since_s in self._unclaimed.items():
+            if now_s - since_s > CLAIM_PATIENCE_S:
+                self._write_ending(missing[key], _router_lost("its router never brought it to the replica"))
 
     def running(self) -> frozenset[str]:
         """Keys of the runs at this moment, for `reconcile`."""
@@ -95,10 +109,10 @@ class Denoiser(pb_grpc.DenoiserServicer):
         except (JobCancelled, StaleEpoch, TransitionError):
             raise  # Redis has moved on already: there is nothing to write
         except EaselError as error:
-            self._write_ending(attempt, _failure(error))
+            self._write_ending(attempt.assignment, _failure(error))
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            self._write_ending(attempt, _left_by_caller(context))
+            self._write_ending(attempt.assignment, _left_by_caller(context))
             raise
         finally:
             self._attempts.pop(attempt.key, None)
@@ -226,19 +240,19 @@ class Denoiser(pb_grpc.DenoiserServicer):
         for attempt in self._attempts.values():
             attempt.events.put_nowait(failure)
 
-    def _write_ending(self, attempt: Attempt, failure: JobFailure) -> None:
+    def _write_ending(self, job: AssignedJob, failure: JobFailure) -> None:
         """Write why a run ended, beside the stream: it may be cancelled at any await, and the slot must be freed."""
-        task = self._loop.create_task(self._fail(attempt, failure))
+        task = self._loop.create_task(self._fail(job, failure))
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
 
-    async def _fail(self, attempt: Attempt, failure: JobFailure) -> None:
+    async def _fail(self, job: AssignedJob, failure: JobFailure) -> None:
         try:
-            await _persist(lambda: self._store.fail(attempt.spec.job_id, failure, epoch=attempt.epoch))
+            await _persist(lambda: self._store.fail(job.job_id, failure, epoch=job.epoch))
         except TransitionError:
             pass  # the router wrote the ending first
         except EaselError as error:
-            logger.warning("job %s: its failure could not be written: %s", attempt.spec.job_id, error)
+            logger.warning("job %s: its failure could not be written: %s", job.job_id, error)
 
 
 async def _persist(write: Callable[[], Coroutine[Any, Any, Written]]) -> Written:
@@ -266,7 +280,10 @@ def _failure(error: EaselError) -> JobFailure:
 def _left_by_caller(context: grpc.aio.ServicerContext[pb.RunRequest, pb.RunEvent]) -> JobFailure:
     remaining_s = context.time_remaining()
     if remaining_s is not None and remaining_s <= DEADLINE_SLACK_S:
-        code, reason, message = grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "the deadline passed"
-    else:
-        code, reason, message = grpc.StatusCode.UNAVAILABLE, "ROUTER_LOST", "the router's stream broke"
-    return JobFailure(code=code.value[0], reason=reason, message=message)
+        code = grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+        return JobFailure(code=code, reason="DEADLINE_EXCEEDED", message="the deadline passed")
+    return _router_lost("the router's stream broke")
+
+
+def _router_lost(message: str) -> JobFailure:
+    return JobFailure(code=grpc.StatusCode.UNAVAILABLE.value[0], reason="ROUTER_LOST", message=message)

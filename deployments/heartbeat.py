@@ -1,4 +1,4 @@
-"""A process's lease in Redis, renewed on time for as long as the process is well."""
+"""What a process does again and again for as long as it is well: renew its lease, look at the queue."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Heartbeat:
     async def start(self) -> None:
         """Beat once, so that a process that cannot register does not come up, then go on beside."""
         await self._beat()
-        self._task = asyncio.create_task(self._run(), name=f"heartbeat of {self._name}")
+        self._task = asyncio.create_task(self._run(), name=self._name)
 
     async def close(self) -> None:
-        """Stop beating; the lease then runs out unless it is given up."""
+        """Stop beating; a lease then runs out unless it is given up."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -39,9 +39,9 @@ class Heartbeat:
                 await self._beat()
             except EaselError as error:
                 if not self._failing:
-                    logger.warning("%s: its lease could not be renewed: %s", self._name, error)
+                    logger.warning("%s: failed, and is tried again: %s", self._name, error)
                 self._failing = True
             else:
                 if self._failing:
-                    logger.info("%s: its lease is renewed again", self._name)
+                    logger.info("%s: works again", self._name)
                 self._failing = False

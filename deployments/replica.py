@@ -48,7 +48,7 @@ class Replica:
         self._store = JobStore(redis, namespace=state.namespace, lease_ms=state.lease_ms, retention_s=state.retention_s)
         self._doorbell = Doorbell(redis, namespace=state.namespace)
         self._denoiser = Denoiser(engine, self._store, decode, name=name)
-        self._heartbeat = Heartbeat(self._beat, every_s=state.heartbeat_ms / 1000, name=name)
+        self._heartbeat = Heartbeat(self._beat, every_s=state.heartbeat_ms / 1000, name=f"{name}: lease")
         self._server = grpc.aio.server(
             interceptors=(EdgeInterceptor(max_request_bytes=INTERNAL_MAX_BYTES),),
             options=server_options(INTERNAL_MAX_BYTES),
@@ -115,3 +115,4 @@ class Replica:
             )
         )
         self._denoiser.reconcile(assigned, known)
+        self._denoiser.disown(assigned)

@@ -72,7 +72,9 @@ class Router:
         )
         self._doorbell = Doorbell(redis, namespace=state.namespace)
         self._replicas = Replicas()
-        self._supervisor = Supervisor(self._store, self._replicas, look_every_s=router.look_every_ms / 1000)
+        self._supervisor = Supervisor(self._store, self._replicas)
+        look_s = router.look_every_ms / 1000
+        self._look = Heartbeat(self._supervisor.look, every_s=look_s, name=f"{name}: look at the queue")
         self._intake = Intake(
             name=name,
             card=card,
@@ -83,7 +85,7 @@ class Router:
         )
         self._generation = GenerationService(self._intake, self._supervisor)
         self._health = health_aio.HealthServicer()
-        self._heartbeat = Heartbeat(self._beat, every_s=state.heartbeat_ms / 1000, name=name)
+        self._heartbeat = Heartbeat(self._beat, every_s=state.heartbeat_ms / 1000, name=f"{name}: lease")
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> int:
@@ -91,6 +93,7 @@ class Router:
         self._doorbell.on_ring(self._supervisor.ring)
         await self._doorbell.start(self._name)
         await self._heartbeat.start()
+        await self._look.start()
         self._server, port = await self._listen()
         logger.info("router %s serves on %s:%d", self._name, self._settings.router.host, port)
         return port
@@ -106,6 +109,7 @@ class Router:
         else:
             await self._supervisor.drain(0)
         await self._generation.close(1.0)
+        await self._look.close()
         await self._heartbeat.close()
         await self._doorbell.close()
         await self._replicas.close()

@@ -19,6 +19,7 @@ from cluster.errors import (
     Unavailable,
 )
 from cluster.jobs.records import JobFailure
+from cluster.jobs.states import JobState
 from cluster.jobs.store import JobStore
 from cluster.rpc import convert
 from cluster.rpc.easel.internal.v1 import denoiser_pb2 as pb
@@ -50,14 +51,12 @@ class Supervisor:
     (cancel), or this class (deadline, lost replica). Whatever Redis then says is what the readers get.
     """
 
-    def __init__(self, store: JobStore, replicas: Replicas, *, look_every_s: float) -> None:
+    def __init__(self, store: JobStore, replicas: Replicas) -> None:
         self._store = store
         self._replicas = replicas
-        self._look_every_s = look_every_s
         self._feeds: dict[str, Feed] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._bells: dict[str, asyncio.Event] = {}
-        self._looking = asyncio.create_task(self._look_periodically())
 
     def feed(self, job_id: str) -> Feed | None:
         """The feed of a job that runs under this router, or None."""
@@ -82,7 +81,9 @@ class Supervisor:
 
     async def cancel(self, job_id: str) -> None:
         """Stop a job whose caller left: Redis first, then our own stream to the replica."""
-        await self._store.cancel(job_id)
+        record = await self._store.cancel(job_id)
+        if record.state is not JobState.CANCELLED:
+            return  # it ended by itself a moment earlier, and its own task says how
         feed = self._feeds.get(job_id)
         if feed is not None:
             feed.end(JobCancelled(f"job {job_id} was cancelled"))
@@ -90,16 +91,27 @@ class Supervisor:
         if task is not None:
             task.cancel()
 
+    async def look(self) -> None:
+        """Place what can be placed, while any job here waits: a ring may be missed, and a deadline rings nowhere.
+
+        Raises Unavailable.
+        """
+        if self._bells:
+            await self._store.assign()
+
     async def drain(self, timeout_s: float) -> None:
-        """Let running jobs end, up to a bound; what is left is failed with UNAVAILABLE so that nothing hangs."""
+        """Let jobs end, up to a bound; what is left fails with UNAVAILABLE: nobody would run or hear of it."""
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()), timeout=timeout_s)
-        for job_id, feed in list(self._feeds.items()):
-            feed.end(Unavailable(f"the router of job {job_id} is shutting down", retry_after_ms=1000))
-        left = [self._looking, *self._tasks.values()]
-        for task in left:
+        left = [(job_id, task, self._feeds[job_id]) for job_id, task in self._tasks.items()]
+        for _, task, _ in left:
             task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        await asyncio.gather(*(task for _, task, _ in left), return_exceptions=True)
+        await asyncio.gather(*(self._leave(job_id, feed) for job_id, _, feed in left))
+
+    async def _leave(self, job_id: str, feed: Feed) -> None:
+        error = Unavailable(f"the router of job {job_id} is shutting down", retry_after_ms=1000)
+        feed.end(await self._settle(job_id, error))
 
     async def _supervise(self, submission: Submission, placement: Placement | None, feed: Feed) -> None:
         job_id = submission.spec.job_id
@@ -193,17 +205,6 @@ class Supervisor:
         except EaselError as lost:
             logger.warning("job %s: its failure could not be written: %s", job_id, lost)
         return error
-
-    async def _look_periodically(self) -> None:
-        """The doorbell may be missed, and a queued job's deadline rings nowhere: look while any job waits."""
-        while True:
-            await asyncio.sleep(self._look_every_s)
-            if not self._bells:
-                continue
-            try:
-                await self._store.assign()
-            except EaselError as error:
-                logger.warning("the queue could not be looked at: %s", error)
 
     def _forget(self, job_id: str) -> None:
         self._tasks.pop(job_id, None)

@@ -11,7 +11,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.client import Committed, EaselClient, Finished, JobView
+from cluster.core import Priority
 from cluster.errors import InvalidRequest, JobCancelled, JobNotFound
+from cluster.jobs.connection import connect as connect_redis
+from cluster.jobs.records import NewJob
+from cluster.jobs.states import JobState
+from cluster.jobs.store import JobStore
 from tests.e2e.conftest import Connect, Start, until
 
 
@@ -126,3 +131,33 @@ async def test_health_says_not_serving_without_a_replica(start: Start) -> None:
         health: Any = health_pb2_grpc.HealthStub(channel)
         reply = await health.Check(health_pb2.HealthCheckRequest(), timeout=5)
     assert reply.status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_a_job_whose_router_died_before_its_call_gives_its_slot_back(
+    start: Start, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.denoiser.CLAIM_PATIENCE_S", 0.3)
+    stack = await start(slots=1)
+    client = connect(stack)
+    store = JobStore(connect_redis(stack.settings.state.url), namespace=stack.settings.state.namespace)
+    await store.submit(NewJob("orphan", "d", b"", Priority.NORMAL, "", 1, 1, None, "router-that-died"))
+    assert (await client.status()).active == 1
+
+    async def is_failed() -> bool:
+        return (await store.get("orphan")).state is JobState.FAILED
+
+    await until(is_failed)
+    await store.close()
+    assert (await client.generate(tokens=[2], max_new_tokens=32)).usage.canvases == 1
+
+
+async def test_a_router_that_leaves_fails_the_jobs_it_still_has(start: Start, connect: Connect) -> None:
+    stack = await start(slots=1, step_time_ms=20.0, steps_per_canvas=200)
+    await stack.add_router("router-1")
+    client, other = connect(stack), connect(stack, "router-1")
+    ids = [(await client.submit(tokens=[2], max_new_tokens=96)).job_id for _ in range(2)]
+    await until(lambda: stack.engines["denoiser-0"].stats().active_jobs == 1)
+    await stack.routers.pop("router-0").close()
+    assert [(await other.get(job_id)).state for job_id in ids] == ["failed", "failed"]
+    await until(lambda: stack.engines["denoiser-0"].stats().active_jobs == 0)
+    assert (await other.status()).active == 0
