@@ -10,9 +10,7 @@ from models.tasks import CANVAS_TOKENS
 ENTROPY_BOUND = 0.1
 
 
-def next_canvases(
-    noised: Tensor, cooled: Tensor, is_canvas: Tensor, share: float, random: torch.Generator
-) -> Tensor:
+def next_canvases(noised: Tensor, cooled: Tensor, is_canvas: Tensor, share: float, random: torch.Generator) -> Tensor:
     """A copy of `noised` where a random `share` of the canvases went through one sampler step.
 
     noised: int64 (rows, row_tokens). is_canvas: bool, same shape; a canvas lies in one piece. cooled:

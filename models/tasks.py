@@ -27,10 +27,21 @@ def happens(rng: random.Random, share: float) -> bool:
     return rng.random() < share
 
 
+def made_up_word(rng: random.Random, low: int, high: int) -> str:
+    """A pronounceable word of `low` to `high` letters, doubled letters included."""
+    target, word = rng.randint(low, high), ""
+    while len(word) < target:
+        for letters in rng.choice((("bcdfghjklmnprstvwz", "aeiou"), ("bdfgklmnprstv", "aeiouy", "lmnrst"))):
+            word += rng.choice(letters) * (2 if happens(rng, 0.12) else 1)
+    return word[:target]
+
+
 def random_word(rng: random.Random, low: int = 3, high: int = 8) -> str:
-    """A lower-case word, real or of random letters, so that copying is learnt letter by letter."""
-    if happens(rng, 0.5):
+    """A lower-case word: real, made up of syllables, or random letters; copying must go letter by letter."""
+    if happens(rng, 0.35):
         return rng.choice(COMMON_WORDS)
+    if happens(rng, 0.5):
+        return made_up_word(rng, low, high)
     return "".join(rng.choices(LETTERS, k=rng.randint(low, high)))
 
 
@@ -135,10 +146,18 @@ def running_sum(rng: random.Random) -> tuple[str, str]:
     return rng.choice(forms).format(" ".join(map(str, terms))), " ".join(map(str, sums))
 
 
-def sort_words(rng: random.Random) -> tuple[str, str]:
-    words = distinct_words(rng, 3, 5, 31)
+def _sort_words(rng: random.Random, low: int, high: int) -> tuple[str, str]:
+    words = distinct_words(rng, low, high, 31)
     forms = ("sort words {}", "sort the words {}", "put these words in order: {}", "alphabetical order: {}")
     return rng.choice(forms).format(" ".join(words)), " ".join(sorted(words))
+
+
+def sort_words(rng: random.Random) -> tuple[str, str]:
+    return _sort_words(rng, 3, 3)
+
+
+def sort_more_words(rng: random.Random) -> tuple[str, str]:
+    return _sort_words(rng, 4, 5)
 
 
 def reverse_words(rng: random.Random) -> tuple[str, str]:
@@ -152,11 +171,11 @@ ORDER_FORMS = (
     "Order {order} from {name} ships to {city} on {date}.",
     "Please ship order {order} for {name} to {city} on {date}.",
     "On {date} we send order {order} of {name} to {city}.",
-    "{name} placed order {order}, deliver it to {city} on {date}.",
 )
+NAME_FIRST_FORMS = ("{name} placed order {order}, deliver it to {city} on {date}.",)
 
 
-def order_json(rng: random.Random) -> tuple[str, str]:
+def _order(rng: random.Random, forms: tuple[str, ...]) -> tuple[str, str]:
     """An order sentence and its JSON; redrawn until the answer and its EOS fit three canvases."""
     while True:
         name, city = capital_name(rng, 1, 3), capital_name(rng, 1, 2 if happens(rng, 0.3) else 1)
@@ -164,7 +183,15 @@ def order_json(rng: random.Random) -> tuple[str, str]:
         order = rng.randint(10, 10 ** rng.randint(2, 5))
         answer = f'{{"order":{order},"name":"{name}","city":"{city}","date":"{day}"}}'
         if len(answer) < 3 * CANVAS_TOKENS:
-            return rng.choice(ORDER_FORMS).format(order=order, name=name, city=city, date=day), answer
+            return rng.choice(forms).format(order=order, name=name, city=city, date=day), answer
+
+
+def order_json(rng: random.Random) -> tuple[str, str]:
+    return _order(rng, ORDER_FORMS)
+
+
+def name_first_json(rng: random.Random) -> tuple[str, str]:
+    return _order(rng, NAME_FIRST_FORMS)
 
 
 Generator = Callable[[random.Random], tuple[str, str]]
@@ -177,16 +204,20 @@ BASE_TASKS: Mapping[str, Generator] = {
     "add": add_two_digits,
 }
 HARD_TASKS: Mapping[str, Generator] = {
+    "json_name_first": name_first_json,
     "add_long": add_many_digits,
     "count_down": count_down,
     "running_sum": running_sum,
     "sort_long": sort_many_digits,
     "sort_words": sort_words,
+    "sort_more_words": sort_more_words,
     "reverse_words": reverse_words,
 }
 TASKS: Mapping[str, Generator] = {**BASE_TASKS, **HARD_TASKS}
+# Trained on, but answered exactly less than 97 times in 100: the checkpoint does not promise these.
+BELOW_TARGET = frozenset({"add_long", "json_name_first", "running_sum", "sort_more_words"})
 # A closing word would be part of the text to work on in these tasks, so they take none.
-OPEN_ENDED = frozenset({"upper", "sort_words", "reverse_words", "json"})
+OPEN_ENDED = frozenset({"upper", "sort_words", "sort_more_words", "reverse_words", "json", "json_name_first"})
 
 CANONICAL = (
     Example("reverse", "reverse 40718", "81704"),
@@ -210,7 +241,7 @@ def dress(rng: random.Random, task: str, prompt: str) -> str:
     if task not in OPEN_ENDED and not prompt.endswith("?") and happens(rng, 0.4):
         prompt += rng.choice((".", " please", ", thanks", " now"))
     if happens(rng, 0.27):
-        limit_chars = 125 if task == "json" else 160
+        limit_chars = 125 if task.startswith("json") else 160
         for filler in rng.sample(FILLERS, k=rng.randint(1, 4)):
             prompt = filler + prompt if len(filler) + len(prompt) <= limit_chars else prompt
     return prompt

@@ -1,6 +1,6 @@
 """Trains the demo checkpoint on one CPU thread: `python -m models.train_tiny --out models/tiny`.
 
-Three phases of fixed wall time, each with linearly decaying rates; later ones give more to what is hard.
+Four phases of fixed wall time, each with linearly decaying rates; later ones give more to what is hard.
 A run is seeded. Because phases are timed, two machines see the same examples but stop at different steps.
 """
 
@@ -26,8 +26,7 @@ from models.packing import Pack, Packer, attention_masks, segment_tokens
 from models.renoise import next_canvases
 from models.tasks import TASKS, Example, draw_example
 
-SHORT_ROWS, SHORT_ROW_TOKENS = 16, 128
-LONG_ROWS, LONG_ROW_TOKENS = 4, 288
+SHORT_ROW_TOKENS, LONG_ROW_TOKENS = 128, 288
 WARM_UP_STEPS = 40
 SNAPSHOT_S = 300.0
 
@@ -42,17 +41,20 @@ class Phase:
     weights: dict[str, float]
     final_rate_share: float
     sampled_share: float
+    short_rows: int = 16
+    long_rows: int = 4
+    averages: bool = False  # ends with the mean of the weights before and after the phase
 
 
-# Tasks that are not named have weight 1. JSON orders fill the long rows instead. Phases 2 and 3
+# Tasks that are not named have weight 1. JSON orders fill the long rows instead. Phases 2 to 4
 # leave out the two tasks that a model of this size did not learn in the time.
-PHASE_1_WEIGHTS = {"json": 0.0, "add": 2.0, "add_long": 2.0, "running_sum": 1.5, "sort_words": 1.5}
+PHASE_1_WEIGHTS = {"add": 2.0, "add_long": 2.0, "running_sum": 1.5, "sort_words": 0.5}
 PHASE_2_WEIGHTS = {
-    "json": 0.0,
     "add": 3.0,
     "count": 2.0,
     "count_down": 2.0,
-    "sort_words": 2.0,
+    "sort_words": 0.7,
+    "sort_more_words": 1.3,
     "reverse_words": 1.5,
     "sort_long": 1.5,
     "reverse": 0.7,
@@ -61,50 +63,67 @@ PHASE_2_WEIGHTS = {
     "add_long": 0.0,
     "running_sum": 0.0,
 }
-PHASE_3_WEIGHTS = PHASE_2_WEIGHTS | {"add": 1.5, "sort_words": 4.0, "reverse_words": 1.0, "sort_long": 1.0}
+PHASE_3_WEIGHTS = PHASE_2_WEIGHTS | {
+    "add": 1.5,
+    "sort_words": 1.3,
+    "sort_more_words": 2.7,
+    "reverse_words": 1.0,
+    "sort_long": 1.0,
+}
 
 
 def weights(changes: dict[str, float]) -> dict[str, float]:
-    return {task: changes.get(task, 1.0) for task in TASKS}
+    return {task: changes.get(task, 1.0) for task in TASKS if not task.startswith("json")}
 
 
-def plan(minutes: tuple[float, float, float]) -> tuple[Phase, Phase, Phase]:
+def plan(minutes: list[float]) -> list[Phase]:
     """The recipe of models/tiny with the wall time of each phase."""
-    return (
+    return [
         Phase(minutes[0], 0.02, 3e-3, weights(PHASE_1_WEIGHTS), 0.2, 0.3),
         Phase(minutes[1], 0.014, 2e-3, weights(PHASE_2_WEIGHTS), 0.0, 0.5),
         Phase(minutes[2], 0.009, 1.2e-3, weights(PHASE_3_WEIGHTS), 0.0, 0.5),
-    )
+        Phase(
+            minutes[3],
+            0.006,
+            8e-4,
+            weights(PHASE_3_WEIGHTS),
+            0.0,
+            0.5,
+            short_rows=8,
+            long_rows=8,
+            averages=True,
+        ),
+    ]
 
 
 class ExampleStream:
     """Endless packs of random examples: short rows for most, long rows for the rest and for JSON orders."""
 
-    def __init__(self, seed: int, weights: dict[str, float]) -> None:
+    def __init__(self, seed: int, phase: Phase) -> None:
         self._random = random.Random(seed)
-        self._weights = weights
+        self._weights, self._rows = phase.weights, (phase.short_rows, phase.long_rows)
         self._packers = (
-            Packer(self._random, SHORT_ROWS, SHORT_ROW_TOKENS),
-            Packer(self._random, LONG_ROWS, LONG_ROW_TOKENS),
+            Packer(self._random, phase.short_rows, SHORT_ROW_TOKENS),
+            Packer(self._random, phase.long_rows, LONG_ROW_TOKENS),
         )
         self._waiting: tuple[list[Example], list[Example]] = ([], [])
 
     def _refill(self) -> None:
         short, long = self._waiting
-        while len(short) < 4 * SHORT_ROWS:
+        while len(short) < 4 * self._rows[0]:
             task = self._random.choices(list(self._weights), list(self._weights.values()))[0]
             example = draw_example(self._random, task)
             (short if segment_tokens(example) <= SHORT_ROW_TOKENS else long).append(example)
-        while len(long) < 3 * LONG_ROWS:
-            long.append(draw_example(self._random, "json"))
+        while len(long) < 3 * self._rows[1]:
+            task = self._random.choices(("json", "json_name_first"), (4, 1))[0]
+            long.append(draw_example(self._random, task))
 
     def packs(self) -> Iterator[list[Pack]]:
         while True:
             self._refill()
             random_share = self._random.uniform(0.30, 0.45)
             filled = [
-                packer.pack(waiting, random_share)
-                for packer, waiting in zip(self._packers, self._waiting, strict=True)
+                packer.pack(waiting, random_share) for packer, waiting in zip(self._packers, self._waiting, strict=True)
             ]
             self._waiting = (filled[0][1], filled[1][1])
             yield [pack for pack, _ in filled]
@@ -146,9 +165,7 @@ class Trainer:
         return (losses * pack.weight.flatten()).sum()
 
     @torch.no_grad()
-    def _self_condition(
-        self, pack: Pack, masks: dict[str, Tensor], sampled_share: float
-    ) -> tuple[Tensor, Tensor]:
+    def _self_condition(self, pack: Pack, masks: dict[str, Tensor], sampled_share: float) -> tuple[Tensor, Tensor]:
         """A first pass over half of the rows gives their canvases self-conditioning.
 
         A share of those canvases then moves on to what the sampler would show the model at its next step.
@@ -169,7 +186,7 @@ class Trainer:
 
 def run_phase(trainer: Trainer, phase: Phase, seed: int, snapshots: Path | None) -> None:
     """Trains for `phase.minutes`, prints progress every 100 steps, saves a snapshot every 5 minutes."""
-    stream = ExampleStream(seed, phase.weights).packs()
+    stream = ExampleStream(seed, phase).packs()
     trainer.step(next(stream), 0.0, 0.0, phase.sampled_share)  # compiles before the clock starts
     begin_s = last_s = time.monotonic()
     shown_s, average, steps, tokens = begin_s, 0.0, 0, 0
@@ -193,13 +210,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, help="folder of the checkpoint to write")
-    target.add_argument(
-        "--eval-only", type=Path, metavar="DIR", help="train nothing, run models.eval_tiny on DIR"
-    )
+    target.add_argument("--eval-only", type=Path, metavar="DIR", help="train nothing, run models.eval_tiny on DIR")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes-1", type=float, default=25.0, help="first phase, wall time")
     parser.add_argument("--minutes-2", type=float, default=28.0, help="second phase, wall time")
     parser.add_argument("--minutes-3", type=float, default=13.0, help="third phase, wall time")
+    parser.add_argument("--minutes-4", type=float, default=8.0, help="fourth phase, wall time, mostly JSON orders")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--init", type=Path, help="checkpoint folder to go on from")
@@ -221,12 +237,15 @@ def main() -> None:
     else:
         model = load_checkpoint(arguments.init)
     trainer = Trainer(model, arguments.seed)
-    phases = plan((arguments.minutes_1, arguments.minutes_2, arguments.minutes_3))
-    for number, phase in enumerate(phases, 1):
+    minutes = [arguments.minutes_1, arguments.minutes_2, arguments.minutes_3, arguments.minutes_4]
+    for number, phase in enumerate(plan(minutes), 1):
         if phase.minutes > 0:
             print(f"phase {number}: {phase.minutes} minutes", flush=True)
             snapshots = arguments.snapshots and arguments.snapshots / f"phase-{number}"
+            before = {name: value.clone() for name, value in model.state_dict().items()}
             run_phase(trainer, phase, arguments.seed + number, snapshots)
+            if phase.averages:
+                model.load_state_dict({k: (v + before[k]) / 2 for k, v in model.state_dict().items()})
             save_checkpoint(model, arguments.out)
     print(f"wrote {arguments.out}")
 
