@@ -31,6 +31,7 @@ import psutil
 from cluster.checkpoint import read_checkpoint
 from cluster.config import Settings, child_environment, load_values, overlay, parse_settings, state_dir
 from cluster.errors import StartupError
+from cluster.redis_server import free_port
 
 Report = Callable[[str], None]
 
@@ -157,14 +158,8 @@ def _values(options: UpOptions) -> dict[str, Any]:
     folder = Path(values.get("checkpoint") or DEFAULT_CHECKPOINT)
     values["checkpoint"] = str(folder.expanduser().resolve())
     if isinstance(values["router"], dict) and values["router"].get("port") == 0:
-        values["router"]["port"] = _free_port()
+        values["router"]["port"] = free_port()
     return values
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _require_free(host: str, port: int) -> None:

@@ -71,7 +71,7 @@ class RedisServer:
             raise StartupError(f"redis-server {self._pid} runs already at {self.url}")
         directory = _made(self._directory)
         for left in reversed(range(1 if self._port else _PORT_TRIES)):
-            port = self._port or _free_port()
+            port = self._port or free_port()
             try:
                 self._child = _launch(directory, port, timeout_s)
             except _PortTaken:
@@ -228,7 +228,8 @@ def _port_of(url: str) -> int:
     return int(number)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on now; another process can still take it first."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])

@@ -19,8 +19,10 @@ from cluster.rpc.easel.internal.v1 import denoiser_pb2 as pb
 from cluster.rpc.easel.internal.v1 import denoiser_pb2_grpc as pb_grpc
 from deployments.answer import Answer
 from deployments.attempt import Attempt, attempt_key
+from deployments.endings import failure_of
 from deployments.engine.api import Commit, Engine, EngineJob, Progress, StepReport
 from deployments.step_loop import StepLoop
+from deployments.watch import stored_canvases
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +62,12 @@ class Denoiser(pb_grpc.DenoiserServicer):
         """Stop every run, let the last writes out, and end the engine; at most about twice `timeout_s`."""
         for attempt in list(self._attempts.values()):
             attempt.events.put_nowait(Unavailable("the replica is shutting down", retry_after_ms=1000))
-        if self._endings:
-            await asyncio.wait(self._endings, timeout=timeout_s)
-        await self._loop.run_in_executor(None, self._steps.close, timeout_s)
+        try:
+            await self._loop.run_in_executor(None, self._steps.close, timeout_s)
+        finally:
+            # After the engine: the runs told above write their endings while it finishes its step.
+            if self._endings:
+                await asyncio.wait(self._endings, timeout=timeout_s)
 
     def ended(self, job_id: str, how: str) -> None:
         """Redis says that this job was cancelled, or failed by its router: it stops before the next denoising step."""
@@ -109,7 +114,7 @@ class Denoiser(pb_grpc.DenoiserServicer):
         except (JobCancelled, StaleEpoch, TransitionError):
             raise  # Redis has moved on already: there is nothing to write
         except EaselError as error:
-            self._write_ending(attempt.assignment, _failure(error))
+            self._write_ending(attempt.assignment, failure_of(error))
             raise
         except (asyncio.CancelledError, GeneratorExit):
             self._write_ending(attempt.assignment, _left_by_caller(context))
@@ -129,8 +134,7 @@ class Denoiser(pb_grpc.DenoiserServicer):
         )
         committed: list[Canvas] = []
         if request.committed_canvases:
-            stored = await self._store.canvases(spec.job_id)
-            committed = [convert.canvas_from_proto(pb.CommittedCanvas.FromString(item)) for item in stored]
+            committed = await stored_canvases(self._store, spec.job_id)
         attempt = Attempt(spec, request.epoch, answer, request.drafts)
         self._attempts[attempt.key] = attempt
         return attempt, committed
@@ -271,10 +275,6 @@ async def _persist(write: Callable[[], Coroutine[Any, Any, Written]]) -> Written
 def _finished(reason: FinishReason, usage: Usage | None) -> pb.FinishedJob:
     took = None if usage is None else convert.usage_to_proto(usage)
     return pb.FinishedJob(finish_reason=reason.value, usage=took)
-
-
-def _failure(error: EaselError) -> JobFailure:
-    return JobFailure(code=error.code.value[0], reason=error.reason, message=str(error))
 
 
 def _left_by_caller(context: grpc.aio.ServicerContext[pb.RunRequest, pb.RunEvent]) -> JobFailure:

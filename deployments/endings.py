@@ -1,11 +1,11 @@
-"""How a stored job ended, in the words of the public contract."""
+"""How a job ended: an error as Redis stores it, and a stored job in the words of the public contract."""
 
 from __future__ import annotations
 
 import grpc
 
 from cluster.errors import DeadlineExceeded, EaselError, EngineError, JobCancelled, JobFailed, Unavailable
-from cluster.jobs.records import JobRecord
+from cluster.jobs.records import JobFailure, JobRecord
 from cluster.jobs.states import JobState
 from cluster.rpc import convert
 from cluster.rpc.easel.v1 import generation_pb2 as v1
@@ -30,3 +30,8 @@ def ending_of(record: JobRecord) -> v1.GenerateEvent | EaselError:
         kind = _BY_CODE.get(record.failure.code, JobFailed)
         return kind(record.failure.message)
     return Unavailable(f"job {record.job_id} lost its replica and is {record.state.value}", retry_after_ms=1000)
+
+
+def failure_of(error: EaselError) -> JobFailure:
+    """An error as the failure of the job that it ended."""
+    return JobFailure(code=error.code.value[0], reason=error.reason, message=str(error))

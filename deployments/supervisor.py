@@ -18,14 +18,13 @@ from cluster.errors import (
     TransitionError,
     Unavailable,
 )
-from cluster.jobs.records import JobFailure
 from cluster.jobs.states import JobState
 from cluster.jobs.store import JobStore
 from cluster.rpc import convert
 from cluster.rpc.easel.internal.v1 import denoiser_pb2 as pb
 from cluster.rpc.easel.v1 import generation_pb2 as v1
 from cluster.rpc.status import error_from_rpc, said_by_easel
-from deployments.endings import ending_of
+from deployments.endings import ending_of, failure_of
 from deployments.feed import Feed
 from deployments.replicas import Replicas
 
@@ -197,9 +196,8 @@ class Supervisor:
 
     async def _settle(self, job_id: str, error: EaselError) -> v1.GenerateEvent | EaselError:
         """Write a failure to Redis unless the job ended otherwise meanwhile, and say how it ended."""
-        failure = JobFailure(code=error.code.value[0], reason=error.reason, message=str(error))
         try:
-            await self._store.fail(job_id, failure)
+            await self._store.fail(job_id, failure_of(error))
         except TransitionError:
             return ending_of(await self._store.get(job_id))
         except EaselError as lost:

@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster.redis_server import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 UP_TIMEOUT_S = 200.0
 # The exact forms that the demo checkpoint promises.
@@ -66,12 +68,6 @@ class Command:
     def record(self) -> dict[str, Any]:
         written: dict[str, Any] = json.loads((self.home / "local.json").read_text())
         return written
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def session_of(leader: int) -> list[psutil.Process]:

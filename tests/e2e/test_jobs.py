@@ -161,3 +161,12 @@ async def test_a_router_that_leaves_fails_the_jobs_it_still_has(start: Start, co
     assert [(await other.get(job_id)).state for job_id in ids] == ["failed", "failed"]
     await until(lambda: stack.engines["denoiser-0"].stats().active_jobs == 0)
     assert (await other.status()).active == 0
+
+
+async def test_a_replica_that_leaves_writes_how_its_jobs_ended(start: Start, connect: Connect) -> None:
+    stack = await start(slots=2, step_time_ms=20.0, steps_per_canvas=200)
+    client = connect(stack)
+    ids = [(await client.submit(tokens=[2], max_new_tokens=96)).job_id for _ in range(2)]
+    await until(lambda: stack.engines["denoiser-0"].stats().active_jobs == 2)
+    await stack.replicas.pop("denoiser-0").close()
+    assert [(await client.get(job_id)).state for job_id in ids] == ["failed", "failed"]
