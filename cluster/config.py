@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from cluster.errors import ConfigError
 
@@ -31,6 +31,18 @@ class StateSettings(_Frozen):
     lease_ms: Annotated[int, Field(ge=500, le=600_000)] = 5000
     heartbeat_ms: Annotated[int, Field(ge=50, le=60_000)] = 1000
     retention_s: Annotated[int, Field(ge=1, le=30 * 86_400)] = 3600
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    max_preemptions: Annotated[int, Field(ge=0, le=100)] = 3
+    aging_ms: Annotated[int, Field(ge=100, le=86_400_000)] = 60_000
+    outage_patience_s: Annotated[float, Field(gt=0, le=600)] = 30.0
+
+    @field_validator("heartbeat_ms")
+    @classmethod
+    def _beats_within_a_lease(cls, heartbeat_ms: int, info: ValidationInfo) -> int:
+        lease_ms = info.data.get("lease_ms", 0)
+        if lease_ms and 2 * heartbeat_ms > lease_ms:
+            raise ValueError(f"a lease of {lease_ms} ms must outlast two heartbeats; at most {lease_ms // 2} is allowed")
+        return heartbeat_ms
 
 
 class RouterSettings(_Frozen):
@@ -62,6 +74,8 @@ class DenoiserSettings(_Frozen):
     num_cpus: Annotated[float, Field(ge=0, le=256)] = 1.0
     num_gpus: Annotated[float, Field(ge=0, le=1)] = 0.0
     drain_timeout_s: Annotated[float, Field(ge=0, le=600)] = 5.0
+    step_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    checkpoint_every_steps: Annotated[int, Field(ge=0, le=1000)] = 0
 
     @field_validator("tp")
     @classmethod

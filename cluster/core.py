@@ -69,7 +69,10 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """One job, resolved: what a replica needs to compute it, and nothing that changes while it runs."""
+    """One job, resolved: what a replica needs to compute it, and nothing that changes while it runs.
+
+    `wants_drafts` tells whichever router has charge of the job to ask its replica for drafts.
+    """
 
     job_id: str
     prompt_tokens: tuple[int, ...]
@@ -77,6 +80,7 @@ class JobSpec:
     stop: tuple[str, ...] = ()
     priority: Priority = Priority.NORMAL
     tenant: str = ""
+    wants_drafts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,18 +134,22 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where Redis assigned a job: the replica's address and the fencing token of this assignment."""
+    """Where Redis assigned a job: the replica's address, the fencing token of this assignment, and the owner router."""
 
     job_id: str
     replica: str
     address: str
     epoch: int
     committed_canvases: int
+    router: str
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaRow:
-    """A Denoiser replica as Redis knows it. `lease_ms` is what is left of its lease, never below 0."""
+    """A Denoiser replica as Redis knows it. `lease_ms` is what is left of its lease, never below 0.
+
+    A replica that is `draining` gets no more jobs and gives back those it has.
+    """
 
     replica: str
     address: str
@@ -151,3 +159,4 @@ class ReplicaRow:
     active: int
     lease_ms: int
     stats: dict[str, float] = field(default_factory=dict)
+    draining: bool = False

@@ -39,6 +39,13 @@ class JobNotFound(EaselError):
     reason = "JOB_NOT_FOUND"
 
 
+class ReplicaNotFound(EaselError):
+    """No replica has this id, or it has left."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "REPLICA_NOT_FOUND"
+
+
 class RequestIdReused(EaselError):
     """The request id belongs to a job with another body."""
 
@@ -94,6 +101,14 @@ class StaleEpoch(TransitionError):
     """The writer's epoch is old: the job has been assigned again since, or has ended."""
 
     reason = "STALE_EPOCH"
+
+
+class JobReleased(EaselError):
+    """A run ended before its job did: the job is back in the queue, and goes on elsewhere. Never leaves the cluster."""
+
+    code = grpc.StatusCode.ABORTED
+    retryable = True
+    reason = "JOB_RELEASED"
 
 
 class CheckpointError(EaselError):

@@ -14,11 +14,13 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster.errors import StartupError
 
 HOST = "127.0.0.1"
+LOG_NAME = "redis.log"
 _LOOK_S = 0.01
 _PORT_TRIES = 3
 
@@ -95,6 +97,20 @@ class RedisServer:
     def pid(self) -> int:
         return self._pid
 
+    @property
+    def log(self) -> Path | None:
+        """Where the server writes what happens to it; None for an attached one whose directory was not named."""
+        return None if self._directory is None else self._directory / LOG_NAME
+
+    def ended(self) -> str | None:
+        """How it ended, in words: "was killed by SIGKILL". None while it runs."""
+        if not self._gone():
+            return None
+        code = None if self._child is None else self._child.returncode
+        if code is None:
+            return "does not run"
+        return f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+
     def stop(self, timeout_s: float = 10.0) -> None:
         """Let it write its data and end; SIGKILL after `timeout_s`. Nothing happens when it has ended."""
         if not self._gone():
@@ -152,8 +168,10 @@ def _made(directory: Path | None) -> Path:
 def _launch(directory: Path, port: int, timeout_s: float) -> subprocess.Popen[bytes]:
     if _answers(port):
         raise _PortTaken(f"port {port} on {HOST} is taken; choose another one, or stop what listens there")
-    log = directory / "redis.log"
-    log.write_bytes(b"")
+    log = directory / LOG_NAME
+    # What an earlier run wrote stays: when that run crashed, it says why.
+    log.touch()
+    written_bytes = log.stat().st_size
     options = {
         "bind": HOST, "port": port, "dir": directory.resolve(), "logfile": log.resolve(), "daemonize": "no",
         "appendonly": "yes", "appendfsync": "everysec", "save": "", "maxmemory-policy": "noeviction",
@@ -168,7 +186,7 @@ def _launch(directory: Path, port: int, timeout_s: float) -> subprocess.Popen[by
         start_new_session=True,
     )
     try:
-        _await_answer(child, port, log, timeout_s)
+        _await_answer(child, port, lambda: _last_line(log, written_bytes) or f"see {log}", timeout_s)
     except BaseException:
         child.kill()
         child.wait(5.0)
@@ -176,15 +194,14 @@ def _launch(directory: Path, port: int, timeout_s: float) -> subprocess.Popen[by
     return child
 
 
-def _await_answer(child: subprocess.Popen[bytes], port: int, log: Path, timeout_s: float) -> None:
+def _await_answer(child: subprocess.Popen[bytes], port: int, said: Callable[[], str], timeout_s: float) -> None:
     end_s = time.monotonic() + timeout_s
     while _server_pid(port) != child.pid:
         if child.poll() is not None:
-            said = _last_line(log)
-            kind = _PortTaken if "already in use" in said else StartupError
-            raise kind(f"redis-server on port {port} ended at once: {said or f'see {log}'}")
+            kind = _PortTaken if "already in use" in said() else StartupError
+            raise kind(f"redis-server on port {port} ended at once: {said()}")
         if time.monotonic() > end_s:
-            raise StartupError(f"redis-server on port {port} did not answer within {timeout_s} s; see {log}")
+            raise StartupError(f"redis-server on port {port} did not answer within {timeout_s} s: {said()}")
         time.sleep(_LOOK_S)
 
 
@@ -235,9 +252,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _last_line(log: Path) -> str:
-    """What redis-server said last: the line without its process id and date."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def _last_line(log: Path, from_byte: int) -> str:
+    """What redis-server said last, from a byte of its log on: the line without its process id and date."""
+    lines = [line for line in log.read_bytes()[from_byte:].decode(errors="replace").splitlines() if line.strip()]
     return lines[-1].rpartition("# ")[2].strip() if lines else ""
 
 

@@ -8,8 +8,16 @@
     {ns}:seq                 INT     counter of arrivals and of assignments
     {ns}:job:<job>           HASH    the record
     {ns}:canvases:<job>      STREAM  one entry per committed canvas, id <index + 1>-<epoch>, field c
-    {ns}:replica:<replica>   HASH    address, model, version, slots, stats, last_assigned_seq
-    {ns}:running:<replica>   HASH    job -> epoch; its size is how many slots are taken
+    {ns}:waiting             ZSET    job that waits -> since when, or when it last gained a level, ms
+    {ns}:victims             ZSET    score 0, members of cluster.policy.preemption: running jobs that may give way
+    {ns}:marked              SET     running jobs that were told to give way
+    {ns}:doubted             HASH    running job that was lost since its last canvas -> "<losses> <replica>"
+    {ns}:pulse               HASH    heard_ms, grace_ms: whether leases can be believed
+    {ns}:schema              STRING  version of these names and of what is behind them
+    {ns}:checkpoint:<job>    HASH    version, canvas_index, step, payload: the canvas in progress
+    {ns}:owned:<router>      SET     jobs that have not ended and that this router has charge of
+    {ns}:replica:<replica>   HASH    address, model, version, slots, stats, last_assigned_seq, suspect, draining
+    {ns}:running:<replica>   HASH    job -> "<epoch>" or "<epoch> preempt"; its size is how many slots are taken
     {ns}:bell:process:<name> channel of a router or a replica: "<kind> <job>"
     {ns}:bell:job:<job>      channel of a job: "<what happened>"
 
@@ -23,6 +31,9 @@ from dataclasses import dataclass
 
 from cluster.core import Violation
 from cluster.errors import ConfigError, InvalidRequest
+
+# Raised when a new version cannot work with what an older one left, or the other way round.
+SCHEMA = b"2"
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # No spaces: a channel message is "<kind> <job>", and a queue member ends with the id.
@@ -56,8 +67,17 @@ class Keys:
     @property
     def fixed(self) -> tuple[str, ...]:
         """The first KEYS of every script, in the order that lua/lib/names.lua expects."""
-        names = ("queue", "replicas", "routers", "jobs", "expiring", "seq")
-        return (self.base, *(f"{self.base}:{name}" for name in names))
+        first = ("queue", "replicas", "routers", "jobs", "expiring", "seq", "waiting")
+        second = ("victims", "marked", "doubted", "pulse")
+        return (self.base, *(f"{self.base}:{name}" for name in (*first, *second)))
+
+    @property
+    def schema(self) -> str:
+        return f"{self.base}:schema"
+
+    @property
+    def jobs(self) -> str:
+        return f"{self.base}:jobs"
 
     @property
     def replicas(self) -> str:
@@ -74,6 +94,10 @@ class Keys:
     def canvases(self, job_id: str) -> str:
         """The committed canvases of a job. Raises InvalidRequest for an id that no job can have."""
         return f"{self.base}:canvases:{checked_id('job_id', job_id)}"
+
+    def checkpoint(self, job_id: str) -> str:
+        """The canvas in progress of a job. Raises InvalidRequest for an id that no job can have."""
+        return f"{self.base}:checkpoint:{checked_id('job_id', job_id)}"
 
     def replica(self, replica: str) -> str:
         """The slot row of a replica."""

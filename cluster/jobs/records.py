@@ -38,10 +38,33 @@ class JobFailure:
 
 
 @dataclass(frozen=True, slots=True)
+class JobAttempt:
+    """A run that ended before its job did; `reason` is a word of AttemptEnd. Times as in JobRecord."""
+
+    epoch: int
+    replica: str
+    reason: str
+    message: str
+    started_ms: int
+    ended_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A canvas in progress as its engine wrote it: what deployments.engine.api.CanvasCheckpoint holds."""
+
+    version: str
+    canvas_index: int
+    step: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class JobRecord:
     """A job as it stood at `now_ms`. Times are ms since the Unix epoch by the clock of Redis.
 
-    `replica` has or had the job last, "" before the first assignment; `spec` is empty in a page of a list.
+    `replica` has or had the job last, "" before the first assignment; `spec` is empty in a page of a list. `losses`
+    counts the runs lost since the last canvas; `history` holds the last runs that ended early, oldest first.
     """
 
     job_id: str
@@ -67,6 +90,8 @@ class JobRecord:
     finished_ms: int | None
     deadline_ms: int | None
     now_ms: int
+    losses: int = 0
+    history: tuple[JobAttempt, ...] = ()
 
     @property
     def usage(self) -> Usage:
@@ -99,10 +124,19 @@ class ReplicaHello:
 
 @dataclass(frozen=True, slots=True)
 class AssignedJob:
-    """A job that holds a slot of a replica, and the epoch under which it may write."""
+    """A job that holds a slot of a replica, and the epoch under which it may write; `preempt` tells it to go."""
 
     job_id: str
     epoch: int
+    preempt: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaOrders:
+    """What Redis answers a replica's heartbeat: what it runs, and whether it is to drain."""
+
+    assigned: tuple[AssignedJob, ...]
+    draining: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +154,16 @@ class ClusterView:
     replicas: tuple[ReplicaRow, ...]
     routers: tuple[str, ...]
     queued: int
+
+
+# What one message may add to a record: failures and the history of attempts stay small.
+_MESSAGE_CHARS = 500
+
+
+def short(message: str) -> str:
+    """`message` as a record keeps it: cut at 500 characters, and fit to be UTF-8."""
+    cut = message if len(message) <= _MESSAGE_CHARS else message[: _MESSAGE_CHARS - 3] + "..."
+    return cut.encode(errors="replace").decode()
 
 
 # The fields of a record that a list shows, in the order lua/list.lua is asked for; `state` must be the first.
@@ -182,7 +226,14 @@ def parse_record(job_id: str, fields: Mapping[str, bytes], now_ms: int) -> JobRe
         finished_ms=number_or_none("finished_ms"),
         deadline_ms=number_or_none("deadline_ms"),
         now_ms=now_ms,
+        losses=int(fields.get("losses", 0)),
+        history=_parse_history(fields.get("history", b"")),
     )
+
+
+def _parse_history(text: bytes) -> tuple[JobAttempt, ...]:
+    """What lua/lib/requeue.lua keeps, a JSON array of rows."""
+    return tuple(JobAttempt(*row) for row in json.loads(text or b"[]"))
 
 
 def parse_usage(row: list[bytes]) -> Usage | None:
@@ -213,7 +264,7 @@ def _parse_failure(fields: Mapping[str, bytes]) -> JobFailure | None:
 
 
 def parse_replica(row: list[bytes]) -> ReplicaRow:
-    """A row of lua/view.lua: replica, lease, active, address, model, version, slots, stats."""
+    """A row of lua/view.lua: replica, lease, active, address, model, version, slots, stats, draining."""
     replica, _, _, address, model, version = (value.decode() if isinstance(value, bytes) else "" for value in row[:6])
     return ReplicaRow(
         replica=replica,
@@ -224,4 +275,14 @@ def parse_replica(row: list[bytes]) -> ReplicaRow:
         active=int(row[2]),
         lease_ms=int(row[1]),
         stats=json.loads(row[7]),
+        draining=row[8] != b"",
     )
+
+
+def parse_orders(draining: int, running: list[bytes]) -> ReplicaOrders:
+    """What lua/heartbeat_replica.lua answers; a value is "<epoch>", or "<epoch> preempt"."""
+    assigned = []
+    for job_id, value in pairs(running).items():
+        epoch, _, order = value.decode().partition(" ")
+        assigned.append(AssignedJob(job_id, int(epoch), preempt=order == "preempt"))
+    return ReplicaOrders(tuple(assigned), draining=draining == 1)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from redis.exceptions import ResponseError
 
-from cluster.errors import EaselError, JobNotFound, QueueFull, RequestIdReused, StaleEpoch, TransitionError
+from cluster.errors import (
+    EaselError,
+    JobNotFound,
+    QueueFull,
+    ReplicaNotFound,
+    RequestIdReused,
+    StaleEpoch,
+    TransitionError,
+)
 
 
 def refusal(error: ResponseError, job_id: str, tried: str, *, retry_after_ms: int) -> EaselError | None:
@@ -24,6 +32,8 @@ def refusal(error: ResponseError, job_id: str, tried: str, *, retry_after_ms: in
             known = TransitionError(f"{refused} and its next canvas is {next_index}")
         case "REQUEST_ID_REUSED":
             known = RequestIdReused(f"request id {job_id} belongs to a job with another body; use a new id")
+        case "REPLICA_NOT_FOUND":
+            known = ReplicaNotFound(f"no replica {tried}: see `easel status` for those that are there")
         case "QUEUE_FULL":
             known = _queue_full(retry_after_ms)
         case _:

@@ -3,9 +3,9 @@
 submit            assign            finish
 ──────>  QUEUED  ───────>  RUNNING  ──────>  SUCCEEDED
           │  ^              │  ^ │
-          │  └──────────────┤  └─┘ commit
+          │  └──────────────┤  └─┘ commit, checkpoint
           │  release, reap  │
-          └─────────────────┴──> FAILED (fail), CANCELLED (cancel)
+          └─────────────────┴──> FAILED (fail; release or reap after too many losses), CANCELLED (cancel)
 """
 
 from __future__ import annotations
@@ -33,16 +33,36 @@ class JobState(StrEnum):
 
 
 class Action(StrEnum):
-    """What can happen to a job. `release` and `reap` have their place here and get their scripts later."""
+    """What can happen to a job."""
 
     submit = "submit"
     assign = "assign"
     commit = "commit"
+    checkpoint = "checkpoint"
     finish = "finish"
     fail = "fail"
     cancel = "cancel"
     release = "release"
     reap = "reap"
+
+
+class AttemptEnd(StrEnum):
+    """Why a run on a replica ended before its job did. The word is stored in the job's history."""
+
+    PREEMPTED = "PREEMPTED"
+    DRAINED = "DRAINED"
+    ROUTER_LOST = "ROUTER_LOST"
+    UNCLAIMED = "UNCLAIMED"
+    ENGINE = "ENGINE"
+    STEP_HUNG = "STEP_HUNG"
+    REPLICA_LOST = "REPLICA_LOST"
+    LEASE_EXPIRED = "LEASE_EXPIRED"
+    LOST_WRITES = "LOST_WRITES"
+
+    @property
+    def is_loss(self) -> bool:
+        """True when the job may be to blame: only so many of these in a row, without a new canvas, are forgiven."""
+        return self not in (AttemptEnd.PREEMPTED, AttemptEnd.DRAINED, AttemptEnd.ROUTER_LOST)
 
 
 TRANSITIONS: Mapping[tuple[JobState | None, Action], JobState] = MappingProxyType(
@@ -52,6 +72,7 @@ TRANSITIONS: Mapping[tuple[JobState | None, Action], JobState] = MappingProxyTyp
         (JobState.QUEUED, Action.fail): JobState.FAILED,
         (JobState.QUEUED, Action.cancel): JobState.CANCELLED,
         (JobState.RUNNING, Action.commit): JobState.RUNNING,
+        (JobState.RUNNING, Action.checkpoint): JobState.RUNNING,
         (JobState.RUNNING, Action.finish): JobState.SUCCEEDED,
         (JobState.RUNNING, Action.fail): JobState.FAILED,
         (JobState.RUNNING, Action.cancel): JobState.CANCELLED,

@@ -2,43 +2,37 @@
 
 Every call is bounded by the timeouts of its client (cluster.jobs.connection.connect) and raises Unavailable
 when Redis cannot be used. A write repeated word for word is answered like the first one, so that a caller
-whose answer was lost can ask again.
+whose answer was lost can ask again; a release or reap repeated is refused, because the job has moved on.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from typing import cast
 
-from redis.asyncio import Redis
-from redis.exceptions import ResponseError
-
 from cluster.core import FinishReason, Placement, Usage
-from cluster.errors import ConfigError
 from cluster.jobs.connection import connect, redis_errors
-from cluster.jobs.keys import Keys, checked_id
+from cluster.jobs.keys import checked_id
 from cluster.jobs.paging import checked_page_size, cursor_of, token_of
+from cluster.jobs.processes import Processes
 from cluster.jobs.records import (
     LISTED_FIELDS,
-    AssignedJob,
-    ClusterView,
+    Checkpoint,
     JobFailure,
     JobPage,
     JobRecord,
     NewJob,
-    ReplicaHello,
     pairs,
     parse_record,
-    parse_replica,
     parse_usage,
+    short,
 )
-from cluster.jobs.refusals import not_found, refusal
-from cluster.jobs.scripts import Call, Reply, Scripts
-from cluster.jobs.states import JobState
+from cluster.jobs.refusals import not_found
+from cluster.jobs.scripts import Call
+from cluster.jobs.states import AttemptEnd, JobState
 
 __all__ = ["JobStore", "connect"]
 
-_PLACED_PER_LOOK = 256
 _SCANNED_PER_CALL = 1000
 _LIST_CALLS = 16
 
@@ -46,39 +40,8 @@ Canvases = list[bytes]
 Row = list[bytes]
 
 
-class JobStore:
-    """Jobs, slots and leases of one namespace. Owns `redis` and closes it."""
-
-    def __init__(
-        self,
-        redis: Redis,
-        *,
-        namespace: str = "easel",
-        queue_limit: int = 1000,
-        retry_after_ms: int = 1000,
-        lease_ms: int = 5000,
-        retention_s: int = 3600,
-    ) -> None:
-        limits = {"queue_limit": queue_limit, "lease_ms": lease_ms, "retention_s": retention_s}
-        for name, value in limits.items():
-            if value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
-        self._redis = redis
-        self._keys = Keys(namespace)
-        self._fixed = self._keys.fixed
-        self._scripts = Scripts(redis)
-        self._queue_limit = queue_limit
-        self._retry_after_ms = retry_after_ms
-        self._lease_ms = lease_ms
-        self._retention_s = retention_s
-
-    async def ping(self) -> None:
-        """Reach Redis and give it the scripts. Raises Unavailable, or ConfigError for refused credentials."""
-        with redis_errors(self._retry_after_ms):
-            # By itself first: Redis 7 hangs up on a client that owes a password and sends a large command,
-            # and that would look like a Redis that is away.
-            await self._redis.ping()
-            await self._scripts.load()
+class JobStore(Processes):
+    """Jobs, slots and leases of one namespace. Owns its Redis client and closes it."""
 
     async def submit(self, job: NewJob) -> tuple[bool, Placement | None]:
         """Store a job and place what can be placed. Returns whether it is new, and where it runs if it does.
@@ -86,26 +49,34 @@ class JobStore:
         Raises RequestIdReused when the id has another digest, QueueFull at the limit of waiting jobs.
         """
         timeout_ms = "" if job.timeout_ms is None else job.timeout_ms
-        who = (job.job_id, job.digest, job.spec, int(job.priority), job.tenant, str(job.seed))
-        args = (*who, job.prompt_tokens, timeout_ms, checked_id("router", job.router), self._queue_limit)
-        submit = Call("submit", (*self._fixed, self._keys.job(job.job_id)), args)
-        created, assigned = await self._run_all((submit, self._assign(job.job_id)), job.job_id)
+        who = (job.digest, job.spec, int(job.priority), job.tenant, str(job.seed))
+        args = (*who, job.prompt_tokens, timeout_ms, checked_id("router", job.router), self._limits.queue_limit)
+        submit = self._on_job("submit", job.job_id, *args)
+        created, assigned = await self._run_all((submit, self._assign(job.job_id)), job.job_id, "submit")
         row = cast("list[bytes]", assigned)[1:]
         return created == 1, _placement(job.job_id, row)
 
-    async def assign(self) -> int:
-        """Place as many waiting jobs as slots allow; returns how many. Drops those past their deadline."""
-        reply = cast("list[int]", await self._run(self._assign("")))
-        return reply[0]
-
     async def placement(self, job_id: str) -> Placement | None:
         """Where a RUNNING job runs; None in every other state. Raises JobNotFound."""
-        fields = ("state", "replica", "address", "epoch", "canvases")
-        with redis_errors(self._retry_after_ms):
+        fields = ("state", "replica", "address", "epoch", "canvases", "router")
+        with redis_errors(self._limits.retry_after_ms):
             row = await self._redis.hmget(self._keys.job(job_id), fields)
         if row[0] is None:
             raise not_found(job_id)
         return _placement(job_id, cast("list[bytes]", row))
+
+    async def epochs(self, job_ids: Sequence[str]) -> dict[str, int]:
+        """The epoch of each job that runs; of one that does not, the epoch that its next run would have.
+
+        Jobs that do not exist are left out.
+        """
+        with redis_errors(self._limits.retry_after_ms):
+            pipeline = self._redis.pipeline(transaction=False)
+            for job_id in job_ids:
+                pipeline.hmget(self._keys.job(job_id), ("state", "epoch"))
+            rows = cast("list[Row]", await pipeline.execute())
+        known = {job_id: row for job_id, row in zip(job_ids, rows, strict=True) if row[0] is not None}
+        return {job_id: int(epoch) + (state.decode() != JobState.RUNNING) for job_id, (state, epoch) in known.items()}
 
     async def commit(
         self,
@@ -125,19 +96,65 @@ class JobStore:
         Raises StaleEpoch for an old epoch, TransitionError for a job that does not run, a gap, or other bytes
         under an index that is taken.
         """
-        keys = (*self._fixed, self._keys.job(job_id), self._keys.canvases(job_id))
-        counted = (index, canvas, tokens, denoising_steps)
-        args = (job_id, epoch, *counted, finish.value if finish else "", self._retention_s)
+        keys = (self._keys.job(job_id), self._keys.canvases(job_id))
+        args = (job_id, epoch, index, canvas, tokens, denoising_steps, finish.value if finish else "")
         tried = f"commit of canvas {index} under epoch {epoch}"
-        return parse_usage(cast("list[bytes]", await self._run(Call("commit", keys, args), job_id, tried)))
+        return parse_usage(cast("list[bytes]", await self._run(self._call("commit", keys, args), job_id, tried)))
+
+    async def save_checkpoint(self, job_id: str, epoch: int, checkpoint: Checkpoint) -> None:
+        """Keep the canvas in progress of a job that runs on; one of a canvas that is committed is dropped.
+
+        Raises StaleEpoch for an old epoch, TransitionError when it does not run.
+        """
+        keys = (self._keys.job(job_id), self._keys.checkpoint(job_id))
+        call = self._call("checkpoint", keys, (job_id, epoch, *_saved(checkpoint)))
+        await self._run(call, job_id, f"checkpoint under epoch {epoch}")
+
+    async def checkpoint(self, job_id: str) -> Checkpoint | None:
+        """The canvas in progress of a job, if one was saved since its last commit."""
+        with redis_errors(self._limits.retry_after_ms):
+            row = await self._redis.hmget(self._keys.checkpoint(job_id), ("version", "canvas_index", "step", "payload"))
+        if row[0] is None:
+            return None
+        version, canvas_index, step, payload = cast("list[bytes]", row)
+        return Checkpoint(version.decode(), int(canvas_index), int(step), payload)
+
+    async def release(
+        self,
+        job_id: str,
+        epoch: int,
+        end: AttemptEnd,
+        message: str,
+        *,
+        checkpoint: Checkpoint | None = None,
+        hand_over: bool = False,
+    ) -> None:
+        """Give a running job back to the queue. `hand_over`: its router may be gone, so another live one gets it.
+
+        A job that was lost too often fails instead. Raises StaleEpoch for an old epoch, TransitionError when it
+        does not run.
+        """
+        keys = (self._keys.job(job_id), self._keys.checkpoint(job_id))
+        saved = () if checkpoint is None else _saved(checkpoint)
+        args = (job_id, epoch, end.value, short(message), int(end.is_loss), int(hand_over), *saved)
+        await self._run(self._call("release", keys, args), job_id, f"release under epoch {epoch}")
+
+    async def reap(self, job_id: str, epoch: int, end: AttemptEnd, message: str) -> None:
+        """The owner lost the replica that ran the job: back to the queue, and no more jobs for that replica until
+        its next heartbeat.
+
+        A job that was lost too often fails instead. Raises StaleEpoch for an old epoch, TransitionError when it
+        does not run.
+        """
+        call = self._on_job("reap", job_id, epoch, end.value, short(message), int(end.is_loss))
+        await self._run(call, job_id, f"reap under epoch {epoch}")
 
     async def finish(self, job_id: str, epoch: int, reason: FinishReason) -> Usage | None:
         """The answer is whole; returns what the job took.
 
         Raises StaleEpoch for an old epoch, TransitionError when it does not run.
         """
-        args = (job_id, epoch, reason.value, self._retention_s)
-        call = self._on_job("finish", job_id, args)
+        call = self._on_job("finish", job_id, epoch, reason.value)
         return parse_usage(cast("list[bytes]", await self._run(call, job_id, f"finish under epoch {epoch}")))
 
     async def fail(self, job_id: str, failure: JobFailure, *, epoch: int | None = None) -> None:
@@ -145,53 +162,19 @@ class JobStore:
 
         Raises StaleEpoch for an old epoch, TransitionError for a job that has ended.
         """
-        who = (job_id, "" if epoch is None else epoch)
-        args = (*who, failure.code, failure.reason, failure.message, self._retention_s)
+        said = (failure.code, failure.reason, short(failure.message))
         tried = "fail by its owner" if epoch is None else f"fail under epoch {epoch}"
-        await self._run(self._on_job("fail", job_id, args), job_id, tried)
+        await self._run(self._on_job("fail", job_id, "" if epoch is None else epoch, *said), job_id, tried)
 
     async def cancel(self, job_id: str) -> JobRecord:
         """Stop a job; one that has ended is returned as it is. Raises JobNotFound."""
-        call = self._on_job("cancel", job_id, (job_id, self._retention_s))
+        call = self._on_job("cancel", job_id)
         now_ms, *flat = cast("list[bytes]", await self._run(call, job_id, "cancel"))
         return parse_record(job_id, pairs(flat), int(now_ms))
 
-    async def heartbeat_replica(self, hello: ReplicaHello) -> tuple[AssignedJob, ...]:
-        """Renew a replica's lease and row. Returns what Redis says it runs: it must stop anything else."""
-        keys = (*self._fixed, self._keys.replica(hello.replica), self._keys.running(hello.replica))
-        said = (
-            hello.replica,
-            hello.address,
-            hello.model,
-            hello.version,
-            hello.slots,
-            json.dumps(hello.stats),
-        )
-        call = Call("heartbeat_replica", keys, (*said, self._lease_ms, self._retention_s))
-        running = pairs(cast("list[bytes]", await self._run(call)))
-        return tuple(AssignedJob(job_id, int(epoch)) for job_id, epoch in running.items())
-
-    async def heartbeat_router(self, router: str) -> None:
-        """Renew a router's lease."""
-        args = (checked_id("router", router), self._lease_ms)
-        await self._run(Call("heartbeat_router", self._fixed, args))
-
-    async def remove_replica(self, replica: str) -> None:
-        """Take a replica out of the slot table at once. Jobs it still holds stay known as its own."""
-        with redis_errors(self._retry_after_ms):
-            pipeline = self._redis.pipeline(transaction=True)
-            pipeline.zrem(self._keys.replicas, replica)
-            pipeline.delete(self._keys.replica(replica))
-            await pipeline.execute()
-
-    async def remove_router(self, router: str) -> None:
-        """Give a router's lease back."""
-        with redis_errors(self._retry_after_ms):
-            await self._redis.zrem(self._keys.routers, router)
-
     async def get(self, job_id: str) -> JobRecord:
         """A job as it stands. Raises JobNotFound."""
-        with redis_errors(self._retry_after_ms):
+        with redis_errors(self._limits.retry_after_ms):
             pipeline = self._redis.pipeline(transaction=False)
             pipeline.time()
             pipeline.hgetall(self._keys.job(job_id))
@@ -203,22 +186,9 @@ class JobStore:
 
     async def canvases(self, job_id: str, from_index: int = 0) -> Canvases:
         """Committed canvases from `from_index` on, in order; none for a job that does not exist."""
-        with redis_errors(self._retry_after_ms):
+        with redis_errors(self._limits.retry_after_ms):
             entries = await self._redis.xrange(self._keys.canvases(job_id), min=str(from_index + 1))
         return [fields[b"c"] for _, fields in cast("list[tuple[bytes, dict[bytes, bytes]]]", entries)]
-
-    async def view(self) -> ClusterView:
-        """Replicas, routers and the queue at one moment."""
-        queued, routers, rows = cast("list[Reply]", await self._run(Call("view", self._fixed, ())))
-        return ClusterView(
-            replicas=tuple(parse_replica(row) for row in cast("list[list[bytes]]", rows)),
-            routers=tuple(router.decode() for router in cast("list[bytes]", routers)),
-            queued=cast(int, queued),
-        )
-
-    async def close(self) -> None:
-        """Close the connections to Redis; whoever shares the client must be done with it."""
-        await self._redis.aclose()
 
     # Last in the class: behind it `list` means this method.
     async def list(self, *, page_size: int, page_token: str = "", state: JobState | None = None) -> JobPage:
@@ -240,35 +210,17 @@ class JobStore:
             cursor = f"({last.decode()}"
         return JobPage(jobs, token_of(last.decode()))
 
-    def _assign(self, job_id: str) -> Call:
-        return Call("assign", self._fixed, (_PLACED_PER_LOOK, self._retention_s, job_id))
 
-    def _on_job(self, name: str, job_id: str, args: tuple[str | bytes | int, ...]) -> Call:
-        return Call(name, (*self._fixed, self._keys.job(job_id)), args)
-
-    async def _run(self, call: Call, job_id: str = "", tried: str = "") -> Reply:
-        with redis_errors(self._retry_after_ms):
-            try:
-                return await self._scripts.run(call)
-            except ResponseError as error:
-                refused = refusal(error, job_id, tried, retry_after_ms=self._retry_after_ms)
-                raise refused or error from None
-
-    async def _run_all(self, calls: tuple[Call, ...], job_id: str) -> tuple[Reply, ...]:
-        with redis_errors(self._retry_after_ms):
-            try:
-                return tuple(await self._scripts.run_all(calls))
-            except ResponseError as error:
-                refused = refusal(error, job_id, "submit", retry_after_ms=self._retry_after_ms)
-                raise refused or error from None
+def _saved(checkpoint: Checkpoint) -> tuple[str | bytes | int, ...]:
+    return checkpoint.version, checkpoint.canvas_index, checkpoint.step, checkpoint.payload
 
 
 def _placement(job_id: str, row: Row) -> Placement | None:
-    """Of the fields state, replica, address, epoch, canvases."""
+    """Of the fields state, replica, address, epoch, canvases, router."""
     if not row or row[0].decode() != JobState.RUNNING:
         return None
-    _, replica, address, epoch, canvases = row
-    return Placement(job_id, replica.decode(), address.decode(), int(epoch), int(canvases))
+    _, replica, address, epoch, canvases, router = row
+    return Placement(job_id, replica.decode(), address.decode(), int(epoch), int(canvases), router.decode())
 
 
 def _listed(row: tuple[bytes | None, ...], now_ms: int) -> JobRecord:

@@ -32,7 +32,7 @@ async def test_priority_goes_before_deadline_and_deadline_before_arrival(store: 
     served, now = [], first
     for _ in range(6):
         await store.finish(now.job_id, now.epoch, FinishReason.EOS)
-        (assigned,) = await store.heartbeat_replica(hello())
+        (assigned,) = (await store.heartbeat_replica(hello())).assigned
         placement = await store.placement(assigned.job_id)
         assert placement is not None
         served.append(assigned.job_id)
@@ -99,6 +99,6 @@ async def test_a_freed_slot_skips_jobs_whose_deadline_has_passed(store: JobStore
 async def test_a_new_replica_takes_waiting_jobs_with_its_first_heartbeat(store: JobStore) -> None:
     for number in range(3):
         assert await store.submit(new_job(f"job-{number}")) == (True, None)
-    assigned = await store.heartbeat_replica(hello(slots=2))
-    assert {job.job_id for job in assigned} == {"job-0", "job-1"}
+    orders = await store.heartbeat_replica(hello(slots=2))
+    assert {job.job_id for job in orders.assigned} == {"job-0", "job-1"}
     assert (await store.view()).queued == 1

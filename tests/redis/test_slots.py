@@ -11,7 +11,8 @@ from redis.asyncio import Redis
 from cluster.core import FinishReason
 from cluster.jobs.connection import connect
 from cluster.jobs.keys import Keys
-from cluster.jobs.states import JobState
+from cluster.jobs.records import AssignedJob, ReplicaOrders
+from cluster.jobs.states import AttemptEnd, JobState
 from cluster.jobs.store import JobStore
 from cluster.redis_server import RedisServer
 from tests.redis.helpers import BROKEN, hello, new_job, running
@@ -75,13 +76,11 @@ async def test_a_replica_whose_lease_has_ended_gets_nothing(
     await brief.close()
 
 
-async def test_a_removed_replica_gets_nothing_and_its_jobs_stay_known(store: JobStore) -> None:
-    first = await running(store, "first", slots=2)
-    await store.remove_replica("replica-1")
+async def test_a_replica_that_left_gets_nothing(store: JobStore) -> None:
+    await store.heartbeat_replica(hello(slots=2))
+    assert await store.leave_replica("replica-1", AttemptEnd.DRAINED, "scaled down") == 0
     assert (await store.view()).replicas == ()
-    assert await submit_many(store, "second") == [""]
-    assert (await store.placement("first")) == first
-    await store.finish("first", first.epoch, FinishReason.EOS)
+    assert await submit_many(store, "job") == [""]
 
 
 async def test_a_finished_job_hands_its_slot_to_the_head_of_the_queue(store: JobStore) -> None:
@@ -120,8 +119,8 @@ async def test_a_heartbeat_returns_what_redis_says_the_replica_runs(store: JobSt
     await running(store, "kept", slots=4)
     await store.submit(new_job("cancelled"))
     await store.cancel("cancelled")
-    assigned = await store.heartbeat_replica(hello(slots=4))
-    assert [(job.job_id, job.epoch) for job in assigned] == [("kept", 1)]
+    orders = await store.heartbeat_replica(hello(slots=4))
+    assert orders == ReplicaOrders((AssignedJob("kept", 1),), draining=False)
 
 
 async def test_the_view_shows_live_routers_and_the_queue(
@@ -130,11 +129,11 @@ async def test_the_view_shows_live_routers_and_the_queue(
     brief = JobStore(connect(redis_server.url), namespace=namespace, lease_ms=1)
     await brief.heartbeat_router("gone")
     await store.heartbeat_router("here")
-    await store.submit(new_job())
+    await store.submit(new_job(router="here"))
     await asyncio.sleep(0.01)
     view = await store.view()
     assert (view.routers, view.queued) == (("here",), 1)
-    await store.remove_router("here")
+    await store.leave_router("here")
     assert (await store.view()).routers == ()
     await brief.close()
 

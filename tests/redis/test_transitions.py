@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 
 from cluster.core import FinishReason
 from cluster.errors import JobNotFound, RequestIdReused, StaleEpoch, TransitionError
 from cluster.jobs.records import JobFailure
-from cluster.jobs.states import TRANSITIONS, Action, JobState
+from cluster.jobs.states import TRANSITIONS, Action, AttemptEnd, JobState
 from cluster.jobs.store import JobStore
-from tests.redis.helpers import BROKEN, bring_to, hello, new_job, running
+from tests.redis.helpers import BROKEN, SAVED, bring_to, hello, new_job, requeued, running
 
 Act = Callable[[JobStore, int], Awaitable[object]]
 
@@ -23,17 +24,40 @@ async def assign(store: JobStore, epoch: int) -> None:
     await store.assign()
 
 
-# Release and reap have their place in the table; their scripts do not exist yet.
+async def release(store: JobStore, epoch: int) -> None:
+    # Else the slot that it frees would be its own at once.
+    await store.heartbeat_replica(hello(slots=0))
+    await store.release("job", epoch, AttemptEnd.DRAINED, "drained")
+
+
 ACTS: dict[Action, Act] = {
     Action.submit: lambda store, epoch: store.submit(new_job()),
     Action.assign: assign,
     Action.commit: lambda store, epoch: store.commit("job", epoch, 0, b"c", tokens=1, denoising_steps=1),
+    Action.checkpoint: lambda store, epoch: store.save_checkpoint("job", epoch, SAVED),
     Action.finish: lambda store, epoch: store.finish("job", epoch, FinishReason.EOS),
     Action.fail: lambda store, epoch: store.fail("job", OTHER_FAILURE),
     Action.cancel: lambda store, epoch: store.cancel("job"),
+    Action.release: release,
+    Action.reap: lambda store, epoch: store.reap("job", epoch, AttemptEnd.REPLICA_LOST, "killed"),
 }
 # These find nothing to do where they do not apply; the others are refused.
 LENIENT = {Action.submit, Action.assign, Action.cancel}
+# These say under which epoch they write.
+FENCED: dict[str, Act] = {
+    **{str(a): ACTS[a] for a in (Action.commit, Action.checkpoint, Action.finish, Action.release, Action.reap)},
+    "last commit": lambda store, epoch: store.commit(
+        "job", epoch, 0, b"z", tokens=1, denoising_steps=1, finish=FinishReason.EOS
+    ),
+    "fail by the replica": lambda store, epoch: store.fail("job", BROKEN, epoch=epoch),
+    "release with a checkpoint": lambda store, epoch: store.release(
+        "job", epoch, AttemptEnd.ROUTER_LOST, "left", checkpoint=SAVED, hand_over=True
+    ),
+}
+
+
+def test_every_action_of_the_table_is_tried() -> None:
+    assert set(ACTS) == set(Action)
 
 
 @pytest.mark.parametrize("action", ACTS)
@@ -46,14 +70,15 @@ async def test_redis_makes_the_moves_of_the_table_and_no_other(
     assert before.state is state
     expected = TRANSITIONS.get((state, action))
     if expected is None and action not in LENIENT:
-        with pytest.raises(TransitionError, match=f"job job: {action}.*the job is {state}"):
+        with pytest.raises(TransitionError, match=f"job job: {action}.*the job is {state}") as caught:
             await ACTS[action](store, epoch)
+        assert not isinstance(caught.value, StaleEpoch)
     else:
         await ACTS[action](store, epoch)
     assert (await store.get("job")).state is (expected or state)
 
 
-@pytest.mark.parametrize("action", [Action.commit, Action.finish, Action.fail, Action.cancel])
+@pytest.mark.parametrize("action", [action for action in Action if action not in (Action.submit, Action.assign)])
 async def test_a_job_that_does_not_exist_makes_no_move_but_submit(store: JobStore, action: Action) -> None:
     with pytest.raises(JobNotFound, match="no job job"):
         await ACTS[action](store, 1)
@@ -63,19 +88,43 @@ async def test_a_job_that_does_not_exist_makes_no_move_but_submit(store: JobStor
         await store.placement("job")
 
 
+@pytest.mark.parametrize("write", FENCED)
 @pytest.mark.parametrize("state", [state for state in JobState if state is not JobState.QUEUED])
-async def test_a_writer_with_another_epoch_is_stale_in_every_state(store: JobStore, state: JobState) -> None:
+async def test_a_writer_with_another_epoch_is_stale_in_every_state(
+    store: JobStore, state: JobState, write: str
+) -> None:
     epoch = await bring_to(store, state)
     before = await store.get("job")
     for other in (epoch - 1, epoch + 1):
         with pytest.raises(StaleEpoch, match=f"{state} under epoch {epoch}"):
-            await store.commit("job", other, 0, b"c", tokens=1, denoising_steps=1)
-        with pytest.raises(StaleEpoch):
-            await store.finish("job", other, FinishReason.EOS)
-        with pytest.raises(StaleEpoch):
-            await store.fail("job", BROKEN, epoch=other)
+            await FENCED[write](store, other)
     after = await store.get("job")
-    assert (after.state, after.canvases) == (before.state, before.canvases)
+    assert replace(after, now_ms=0) == replace(before, now_ms=0)
+    assert await store.checkpoint("job") is None
+    assert await store.canvases("job") == []
+
+
+@pytest.mark.parametrize("write", FENCED)
+async def test_who_ran_a_job_that_waits_again_writes_nothing_more(store: JobStore, write: str) -> None:
+    epoch = await requeued(store)
+    before = await store.get("job")
+    assert (before.state, before.epoch) == (JobState.QUEUED, epoch)
+    with pytest.raises(TransitionError, match="the job is queued") as caught:
+        await FENCED[write](store, epoch)
+    assert not isinstance(caught.value, StaleEpoch)
+    assert replace(await store.get("job"), now_ms=0) == replace(before, now_ms=0)
+
+
+@pytest.mark.parametrize("write", FENCED)
+async def test_who_ran_a_job_that_runs_elsewhere_is_stale(store: JobStore, write: str) -> None:
+    epoch = await requeued(store)
+    await store.heartbeat_replica(hello("replica-2"))
+    before = await store.get("job")
+    assert (before.state, before.epoch, before.replica) == (JobState.RUNNING, epoch + 1, "replica-2")
+    with pytest.raises(StaleEpoch, match=f"running under epoch {epoch + 1}"):
+        await FENCED[write](store, epoch)
+    assert replace(await store.get("job"), now_ms=0) == replace(before, now_ms=0)
+    assert await store.checkpoint("job") is None
 
 
 async def test_a_replica_cannot_fail_a_job_that_waits(store: JobStore) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from importlib.resources import files
+
 import pytest
 
 from cluster.errors import ConfigError, InvalidRequest
@@ -11,14 +14,23 @@ from cluster.jobs.paging import cursor_of, token_of
 
 def test_every_name_carries_the_hash_tag_of_its_namespace() -> None:
     keys = Keys("easel")
-    names = [*keys.fixed, keys.job("j"), keys.canvases("j"), keys.replica("r"), keys.running("r")]
+    of_a_job = [keys.job("j"), keys.canvases("j"), keys.checkpoint("j")]
+    names = [*keys.fixed, *of_a_job, keys.replica("r"), keys.running("r"), keys.schema]
     assert all(name.startswith("{easel}") for name in names)
     assert len(set(names)) == len(names)
+
+
+def test_the_fixed_names_come_in_the_order_in_which_the_scripts_read_them() -> None:
+    text = files("cluster.jobs").joinpath("lua/lib/names.lua").read_text()
+    read = re.findall(r"^local ([A-Z, ]+) = KEYS\[", text, re.MULTILINE)
+    names = [name.strip().lower() for line in read for name in line.split(",")]
+    assert names == ["base", *(key.removeprefix("{easel}:") for key in Keys("easel").fixed[1:])]
 
 
 def test_no_id_spells_the_name_of_another_kind() -> None:
     keys = Keys("easel")
     assert keys.job("x:canvases") != keys.canvases("x")
+    assert keys.job("x:checkpoint") != keys.checkpoint("x")
     assert keys.process_bell("job:x") != keys.job_bell("x")
 
 

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.core import Priority
-from cluster.policy.ordering import NO_DEADLINE_MS, QueueEntry, parse_member, queue_member
+from cluster.policy.ordering import NO_DEADLINE_MS, OLDEST, QueueEntry, parse_member, queue_member
 
 whole = st.integers(0, NO_DEADLINE_MS - 1)
 entries = st.builds(
     QueueEntry,
-    priority=st.sampled_from(Priority),
+    level=st.integers(1, OLDEST),
     deadline_ms=st.none() | whole,
     sequence=whole,
     job_id=st.text(st.characters(codec="ascii", categories=["L", "N", "P"]), min_size=1, max_size=20),
@@ -21,11 +21,11 @@ entries = st.builds(
 
 def policy(entry: QueueEntry) -> tuple[int, float, int]:
     deadline = float("inf") if entry.deadline_ms is None else entry.deadline_ms
-    return (-entry.priority, deadline, entry.sequence)
+    return (-entry.level, deadline, entry.sequence)
 
 
 @given(entries, entries)
-def test_bytes_order_as_priority_then_deadline_then_arrival(a: QueueEntry, b: QueueEntry) -> None:
+def test_bytes_order_as_level_then_deadline_then_arrival(a: QueueEntry, b: QueueEntry) -> None:
     if policy(a) != policy(b):
         assert (queue_member(a).encode() < queue_member(b).encode()) == (policy(a) < policy(b))
 
@@ -39,6 +39,23 @@ def test_a_member_says_all_of_its_entry(entry: QueueEntry) -> None:
 def test_other_strings_are_no_members(member: str) -> None:
     with pytest.raises(ValueError, match=r"member|invalid literal"):
         parse_member(member)
+
+
+def test_waiting_raises_a_level_up_to_one_above_the_most_urgent_priority() -> None:
+    entry = QueueEntry(Priority.BATCH, None, 7, "job")
+    levels = []
+    for _ in range(6):
+        entry = entry.aged()
+        levels.append(entry.level)
+    assert levels == [2, 3, 4, OLDEST, OLDEST, OLDEST]
+    assert max(Priority) < OLDEST
+    assert (entry.deadline_ms, entry.sequence, entry.job_id) == (None, 7, "job")
+
+
+@pytest.mark.parametrize("level", [0, OLDEST + 1])
+def test_a_level_that_there_is_not_is_refused(level: int) -> None:
+    with pytest.raises(ValueError, match=f"level is {level}; it must lie in"):
+        queue_member(QueueEntry(level, None, 1, "job"))
 
 
 def test_a_number_that_lua_cannot_hold_is_refused_by_name() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cluster.errors import TransitionError
-from cluster.jobs.states import TRANSITIONS, Action, JobState, next_state
+from cluster.jobs.states import TRANSITIONS, Action, AttemptEnd, JobState, next_state
 
 
 def test_every_move_of_the_table_is_answered_with_its_state() -> None:
@@ -31,3 +31,8 @@ def test_nothing_leaves_a_terminal_state() -> None:
 def test_release_and_reap_give_a_running_job_back_to_the_queue() -> None:
     assert next_state(JobState.RUNNING, Action.release) is JobState.QUEUED
     assert next_state(JobState.RUNNING, Action.reap) is JobState.QUEUED
+
+
+def test_what_others_did_to_a_run_is_no_loss() -> None:
+    forgiven = {AttemptEnd.PREEMPTED, AttemptEnd.DRAINED, AttemptEnd.ROUTER_LOST}
+    assert {end for end in AttemptEnd if not end.is_loss} == forgiven

@@ -1,19 +1,28 @@
 -- heartbeat (replica): renews the lease and the slot row. A replica that was not live brings free slots: waiting
 -- jobs get them at once.
--- KEYS   1-7 the fixed keys of lib/names.lua, 8 the replica's slot row, 9 its running jobs.
--- ARGV   1 replica, 2 address, 3 model, 4 version, 5 slots, 6 stats as JSON, 7 lease in ms, 8 retention in s.
+-- KEYS   1-12 the fixed keys of lib/names.lua, 13 the replica's slot row, 14 its running jobs.
+-- ARGV   1 limits (lib/policy.lua), 2 replica, 3 address, 4 model, 5 version, 6 slots, 7 stats as JSON.
 -- From   any; no job changes but those that are placed.
--- Return {job id, epoch, job id, epoch, ...}: what this replica runs as far as Redis knows.
+-- Return {1 when it is to drain, {job id, "<epoch>" or "<epoch> preempt", ...}}: what this replica runs as far as
+--        Redis knows.
 --@include names.lua
+--@include policy.lua
 --@include clock.lua
 --@include queue.lua
+--@include slot.lua
 --@include close.lua
+--@include doubt.lua
+--@include preempt.lua
 --@include place.lua
+--@include pulse.lua
 
-local replica, now_ms = ARGV[1], clock_ms()
+local replica, now_ms = ARGV[2], clock_ms()
+beat(now_ms)
 local lease_end_ms = tonumber(redis.call('ZSCORE', REPLICAS, replica) or 0)
-redis.call('HSET', KEYS[8], 'address', ARGV[2], 'model', ARGV[3], 'version', ARGV[4], 'slots', ARGV[5],
-  'stats', ARGV[6])
-redis.call('ZADD', REPLICAS, now_ms + tonumber(ARGV[7]), replica)
-if lease_end_ms <= now_ms then place(128, now_ms, tonumber(ARGV[8])) end
-return redis.call('HGETALL', KEYS[9])
+local was_suspect = redis.call('HDEL', KEYS[13], 'suspect')
+redis.call('HSET', KEYS[13], 'address', ARGV[3], 'model', ARGV[4], 'version', ARGV[5], 'slots', ARGV[6],
+  'stats', ARGV[7])
+redis.call('ZADD', REPLICAS, now_ms + LEASE_MS, replica)
+if lease_end_ms <= now_ms or was_suspect == 1 then place(tonumber(ARGV[6]), now_ms) end
+local draining = redis.call('HEXISTS', KEYS[13], 'draining')
+return {draining, redis.call('HGETALL', KEYS[14])}

@@ -1,11 +1,14 @@
 -- heartbeat (router): renews the lease.
--- KEYS   1-7 the fixed keys of lib/names.lua.
--- ARGV   1 router, 2 lease in ms.
+-- KEYS   1-12 the fixed keys of lib/names.lua; the set of owned jobs is derived from KEYS[1].
+-- ARGV   1 limits (lib/policy.lua), 2 router.
 -- From   any; no job changes.
--- Return the end of the lease in ms.
+-- Return {job id, ...}: what this router owns as far as Redis knows.
 --@include names.lua
+--@include policy.lua
 --@include clock.lua
+--@include pulse.lua
 
-local lease_end_ms = clock_ms() + tonumber(ARGV[2])
-redis.call('ZADD', ROUTERS, lease_end_ms, ARGV[1])
-return lease_end_ms
+local now_ms = clock_ms()
+beat(now_ms)
+redis.call('ZADD', ROUTERS, now_ms + LEASE_MS, ARGV[2])
+return redis.call('SMEMBERS', owned_key(ARGV[2]))

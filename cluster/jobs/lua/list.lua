@@ -1,5 +1,5 @@
 -- list: one page of jobs, the newest first; index entries of records that have expired are dropped on the way.
--- KEYS   1-7 the fixed keys of lib/names.lua; the records are derived from KEYS[1].
+-- KEYS   1-12 the fixed keys of lib/names.lua; the records are derived from KEYS[1].
 -- ARGV   1 where to start: '+inf' or '(' and the arrival sequence that the last page ended with, 2 most jobs to
 --        return, 3 most jobs to look at, 4 only jobs in this state, or '', 5.. fields to return, 'state' first.
 -- From   any; no job changes.

@@ -1,12 +1,15 @@
 -- Names. Every script is called with the same fixed KEYS first; rows that a script picks itself (the head of the
 -- queue, the chosen replica) are derived from the namespace key and share its hash tag, hence its slot.
 local BASE, QUEUE, REPLICAS, ROUTERS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local JOBS, EXPIRING, SEQ = KEYS[5], KEYS[6], KEYS[7]
+local JOBS, EXPIRING, SEQ, WAITING = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
+local VICTIMS, MARKED, DOUBTED, PULSE = KEYS[9], KEYS[10], KEYS[11], KEYS[12]
 
 local function job_key(job_id) return BASE .. ':job:' .. job_id end
 local function canvases_key(job_id) return BASE .. ':canvases:' .. job_id end
+local function checkpoint_key(job_id) return BASE .. ':checkpoint:' .. job_id end
 local function replica_key(replica) return BASE .. ':replica:' .. replica end
 local function running_key(replica) return BASE .. ':running:' .. replica end
+local function owned_key(router) return BASE .. ':owned:' .. router end
 
 -- Rings are hints: whoever hears one reads the keys.
 local function ring(process, kind, job_id)

@@ -1,0 +1,41 @@
+"""The bounds that every script of a store works with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from cluster.config import StateSettings
+from cluster.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Raises ConfigError for a value below its least.
+
+    `max_attempts` runs in a row may be lost without a new canvas; the last of them fails the job. A job preempted
+    `max_preemptions` times is no victim any more. A waiting job gains a level every `aging_ms`.
+    """
+
+    queue_limit: int = 1000
+    retry_after_ms: int = 1000
+    lease_ms: int = 5000
+    retention_s: int = 3600
+    max_attempts: int = 3
+    max_preemptions: int = 3
+    aging_ms: int = 60_000
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            least = 0 if name == "max_preemptions" else 1
+            if value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}")
+
+    @classmethod
+    def of(cls, state: StateSettings) -> Limits:
+        """The limits that the settings give."""
+        return cls(**{name: getattr(state, name) for name in cls.__dataclass_fields__})
+
+    @property
+    def policy(self) -> str:
+        """ARGV[1] of the scripts, as lua/lib/policy.lua reads it."""
+        return f"{self.retention_s} {self.max_attempts} {self.max_preemptions} {self.aging_ms} {self.lease_ms}"

@@ -1,0 +1,49 @@
+-- RUNNING -> QUEUED by release and reap. Needs names.lua, policy.lua, queue.lua, slot.lua and close.lua.
+local HISTORY = 16
+
+local function remember(history, row)
+  local rows = {}
+  if history and history ~= '' then rows = cjson.decode(history) end
+  rows[#rows + 1] = row
+  if #rows > HISTORY then table.remove(rows, 1) end
+  return rows
+end
+
+-- What people read of a job that was lost too often.
+local function told(rows)
+  local words = {}
+  for i = math.max(1, #rows - MAX_LOSSES + 1), #rows do
+    words[#words + 1] = rows[i][3] .. ' on ' .. rows[i][2] .. ' (' .. rows[i][4] .. ')'
+  end
+  return table.concat(words, '; ')
+end
+
+-- Takes a running job off its slot and puts it back into the queue, with all it has. `loss` is '1' when the job may
+-- be to blame: after MAX_LOSSES of these without a new canvas it fails, with its history.
+local function requeue(job_id, reason, message, loss, now_ms)
+  local key = job_key(job_id)
+  local job = redis.call('HMGET', key, 'replica', 'member', 'router', 'epoch', 'losses', 'history', 'victim',
+    'assigned_ms', 'priority')
+  local rows = remember(job[6], {tonumber(job[4]), job[1], reason, message, tonumber(job[8]), now_ms})
+  local losses = tonumber(job[5])
+  if loss == '1' then losses = losses + 1 end
+  redis.call('HSET', key, 'losses', losses, 'history', cjson.encode(rows))
+  if losses >= MAX_LOSSES then
+    close_job(job_id, 'failed', {
+      'failure_code', 10, 'failure_reason', 'ATTEMPTS_EXHAUSTED',
+      'failure_message', losses .. ' attempts in a row ended without a new canvas: ' .. told(rows),
+    }, now_ms)
+    ring(job[3], 'failed', job_id)
+    return
+  end
+  leave_slot(job_id, job[1], job[7])
+  local member = job[2]
+  if reason == 'PREEMPTED' then
+    redis.call('HINCRBY', key, 'preemptions', 1)
+    -- What it gained by waiting is spent: ahead of the job it made room for, it would take its slot right back.
+    member = member_of_priority(member, tonumber(job[9]))
+  end
+  redis.call('HSET', key, 'state', 'queued', 'member', member)
+  enqueue(job_id, member, now_ms)
+  ring(job[3], 'released:' .. job[4], job_id)
+end

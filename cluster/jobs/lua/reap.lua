@@ -1,0 +1,30 @@
+-- reap: the owner router lost the replica in the middle of a run. The job goes back to the queue at once, and the
+-- replica gets no more jobs until its next heartbeat says that it lives.
+-- KEYS   1-12 the fixed keys of lib/names.lua, 13 the job's record.
+-- ARGV   1 limits (lib/policy.lua), 2 job id, 3 epoch, 4 reason, 5 message, 6 '1' when it counts as a loss.
+-- From   RUNNING under this epoch.
+-- Return 1.
+-- Errors JOB_NOT_FOUND, STALE_EPOCH, ILLEGAL_TRANSITION.
+--@include names.lua
+--@include policy.lua
+--@include clock.lua
+--@include fence.lua
+--@include queue.lua
+--@include slot.lua
+--@include close.lua
+--@include doubt.lua
+--@include preempt.lua
+--@include place.lua
+--@include requeue.lua
+
+local job = redis.call('HMGET', KEYS[13], 'state', 'epoch', 'replica')
+if not job[1] then return not_found() end
+if job[2] ~= ARGV[3] then return stale(job[1], job[2]) end
+if job[1] ~= 'running' then return illegal(job[1], job[2]) end
+
+local now_ms = clock_ms()
+if redis.call('EXISTS', replica_key(job[3])) == 1 then redis.call('HSET', replica_key(job[3]), 'suspect', 1) end
+requeue(ARGV[2], ARGV[4], ARGV[5], ARGV[6], now_ms)
+ring(job[3], 'released:' .. job[2], ARGV[2])
+place(8, now_ms)
+return 1

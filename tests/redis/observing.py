@@ -1,0 +1,231 @@
+"""Everything that Redis holds of one namespace at one moment, and what must be true of it at every moment."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+from redis.asyncio import Redis
+
+from cluster.core import Priority
+from cluster.jobs.keys import Keys
+from cluster.jobs.records import Checkpoint, JobRecord, parse_record
+from cluster.jobs.states import JobState
+from cluster.policy.ordering import OLDEST, QueueEntry, parse_member, queue_member
+from cluster.policy.preemption import Runner, choose_victims, victim_member
+
+# How a key of each kind is read.
+_READ = {
+    "hash": ("job", "checkpoint", "replica", "running", "doubted", "pulse"),
+    "zset": ("queue", "waiting", "victims", "replicas", "routers", "jobs", "expiring"),
+    "set": ("owned", "marked"),
+    "stream": ("canvases",),
+    "string": ("seq", "schema"),
+}
+_TYPES = {kind: kind_type for kind_type, kinds in _READ.items() for kind in kinds}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The limits that the store under test was opened with."""
+
+    max_attempts: int = 3
+    max_preemptions: int = 2
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All keys, as kind -> id -> value; the id is "" for the kinds of which there is one key."""
+
+    now_ms: int
+    keys: dict[str, dict[str, Any]]
+
+    @cached_property
+    def records(self) -> dict[str, JobRecord]:
+        rows = self.keys["job"].items()
+        return {job: parse_record(job, {k.decode(): v for k, v in row.items()}, self.now_ms) for job, row in rows}
+
+    @cached_property
+    def alive(self) -> dict[str, JobRecord]:
+        """The jobs that have not ended."""
+        return {job: record for job, record in self.records.items() if not record.state.terminal}
+
+    @cached_property
+    def running(self) -> dict[str, JobRecord]:
+        return {job: record for job, record in self.records.items() if record.state is JobState.RUNNING}
+
+    @cached_property
+    def queue(self) -> list[QueueEntry]:
+        """Its head first."""
+        return [parse_member(member) for member in sorted(self.scores("queue"))]
+
+    @cached_property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        return {job: _checkpoint(row) for job, row in self.keys["checkpoint"].items()}
+
+    def scores(self, kind: str) -> dict[str, float]:
+        return {member.decode(): score for member, score in self.keys[kind].get("", ())}
+
+    def members(self, kind: str, of: str = "") -> set[str]:
+        return {member.decode() for member in self.keys[kind].get(of, ())}
+
+    def texts(self, kind: str, of: str = "") -> dict[str, str]:
+        return {name.decode(): value.decode() for name, value in self.keys[kind].get(of, {}).items()}
+
+    def canvases(self, job: str) -> list[bytes]:
+        return [fields[b"c"] for _, fields in self.keys["canvases"].get(job, ())]
+
+    def is_live(self, kind: str, process: str) -> bool:
+        return self.scores(kind).get(process, 0) > self.now_ms
+
+    def takes_jobs(self, replica: str) -> bool:
+        row = self.keys["replica"].get(replica, {})
+        return self.is_live("replicas", replica) and b"slots" in row and not {b"suspect", b"draining"} & set(row)
+
+    def active(self, replica: str) -> dict[str, JobRecord]:
+        return {job: record for job, record in self.running.items() if record.replica == replica}
+
+
+async def observe(redis: Redis, namespace: str) -> Observation:
+    """Of a database in which nothing else is. Fails on a key that nobody documented."""
+    base = f"{Keys(namespace).base}:"
+    names = [name.decode() for name in cast("list[bytes]", await redis.keys("*"))]
+    pipeline = redis.pipeline(transaction=True)
+    pipeline.time()
+    split = [name.removeprefix(base).partition(":") for name in names]
+    for name, (kind, _, _) in zip(names, split, strict=True):
+        _ask(pipeline, _TYPES[kind], name)
+    (seconds, micros), *values = await pipeline.execute()
+    keys: dict[str, dict[str, Any]] = defaultdict(dict)
+    for (kind, _, of), value in zip(split, values, strict=True):
+        keys[kind][of] = value
+    return Observation(seconds * 1000 + micros // 1000, keys)
+
+
+def _ask(pipeline: Any, key_type: str, name: str) -> None:  # noqa: ANN401
+    match key_type:
+        case "hash":
+            pipeline.hgetall(name)
+        case "zset":
+            pipeline.zrange(name, 0, -1, withscores=True)
+        case "set":
+            pipeline.smembers(name)
+        case "stream":
+            pipeline.xrange(name)
+        case _:
+            pipeline.get(name)
+
+
+def _checkpoint(row: dict[bytes, bytes]) -> Checkpoint:
+    return Checkpoint(row[b"version"].decode(), int(row[b"canvas_index"]), int(row[b"step"]), row[b"payload"])
+
+
+def check(seen: Observation, bounds: Bounds) -> None:
+    """Every invariant of a namespace."""
+    each_job_is_in_the_queue_or_on_a_slot_or_has_ended(seen)
+    slots_hold_exactly_what_runs(seen)
+    each_living_job_has_one_owner(seen)
+    only_running_jobs_give_way_or_are_in_doubt(seen, bounds)
+    canvases_are_whole_and_checkpoints_of_the_next_one(seen)
+    losses_are_bounded_and_last_chances_apart(seen, bounds)
+    nobody_waits_in_vain(seen, bounds)
+    the_urgent_have_their_marks(seen, bounds)
+    ended_jobs_expire(seen)
+
+
+def each_job_is_in_the_queue_or_on_a_slot_or_has_ended(seen: Observation) -> None:
+    queued = {job: record for job, record in seen.records.items() if record.state is JobState.QUEUED}
+    assert sorted(entry.job_id for entry in seen.queue) == sorted(queued) == sorted(seen.scores("waiting"))
+    for entry in seen.queue:
+        record = queued[entry.job_id]
+        assert record.priority <= entry.level <= OLDEST
+        assert entry.deadline_ms == record.deadline_ms
+        assert queue_member(entry).encode() == seen.keys["job"][entry.job_id][b"member"]
+    assert set(seen.scores("jobs")) == set(seen.records)
+
+
+def slots_hold_exactly_what_runs(seen: Observation) -> None:
+    held = {}
+    for replica in seen.keys["running"]:
+        for job, value in seen.texts("running", replica).items():
+            assert job not in held
+            held[job] = (replica, value)
+    marked = seen.members("marked")
+    assert held == {
+        job: (record.replica, f"{record.epoch} preempt" if job in marked else f"{record.epoch}")
+        for job, record in seen.running.items()
+    }
+    for replica, row in seen.keys["replica"].items():
+        assert len(seen.active(replica)) <= int(row[b"slots"])
+    assert set(seen.keys["running"]) <= set(seen.keys["replica"]) == set(seen.scores("replicas"))
+
+
+def each_living_job_has_one_owner(seen: Observation) -> None:
+    owned = [(router, job) for router in seen.keys["owned"] for job in seen.members("owned", router)]
+    assert sorted(owned) == sorted((record.router, job) for job, record in seen.alive.items())
+    assert set(seen.keys["owned"]) <= set(seen.scores("routers"))
+
+
+def only_running_jobs_give_way_or_are_in_doubt(seen: Observation, bounds: Bounds) -> None:
+    marked = seen.members("marked")
+    assert marked <= set(seen.running)
+    may = {job for job, r in seen.running.items() if r.preemptions < bounds.max_preemptions and job not in marked}
+    assert set(seen.scores("victims")) == {victim_member(runner) for runner in _runners(seen, may)}
+    in_doubt = {job: f"{r.losses} {r.replica}" for job, r in seen.running.items() if r.losses > 0}
+    assert seen.texts("doubted") == in_doubt
+
+
+def _runners(seen: Observation, jobs: set[str]) -> list[Runner]:
+    found = []
+    for job in jobs:
+        record, victim = seen.records[job], seen.keys["job"][job][b"victim"].decode()
+        priority, turn, job_id = victim.split(":", 2)
+        assert (int(priority), job_id) == (record.priority, job)
+        found.append(Runner(job, record.priority, 2**53 - 1 - int(turn), record.preemptions))
+    return found
+
+
+def canvases_are_whole_and_checkpoints_of_the_next_one(seen: Observation) -> None:
+    for job, record in seen.records.items():
+        assert len(seen.canvases(job)) == record.canvases
+    for job, checkpoint in seen.checkpoints.items():
+        assert checkpoint.canvas_index == seen.alive[job].canvases
+    assert set(seen.keys["canvases"]) <= set(seen.records)
+
+
+def losses_are_bounded_and_last_chances_apart(seen: Observation, bounds: Bounds) -> None:
+    assert all(record.losses < bounds.max_attempts for record in seen.alive.values())
+    for replica in seen.keys["replica"]:
+        in_doubt = [record.losses for record in seen.active(replica).values() if record.losses > 0]
+        assert len(in_doubt) < 2 or max(in_doubt) < bounds.max_attempts - 1
+
+
+def may_run(seen: Observation, record: JobRecord, replica: str, bounds: Bounds) -> bool:
+    """By the rule for jobs in doubt; slots aside."""
+    there = max((other.losses for other in seen.active(replica).values()), default=0)
+    return record.losses == 0 or there == 0 or max(there, record.losses) < bounds.max_attempts - 1
+
+
+def nobody_waits_in_vain(seen: Observation, bounds: Bounds) -> None:
+    takers = [replica for replica in seen.keys["replica"] if seen.takes_jobs(replica)]
+    free = [r for r in takers if len(seen.active(r)) < int(seen.keys["replica"][r][b"slots"])]
+    for entry in seen.queue:
+        assert not [replica for replica in free if may_run(seen, seen.records[entry.job_id], replica, bounds)]
+
+
+def the_urgent_have_their_marks(seen: Observation, bounds: Bounds) -> None:
+    """But for jobs in doubt, whose chances depend on who else is there."""
+    marked = seen.members("marked")
+    candidates = {job for job, r in seen.running.items() if job not in marked and seen.takes_jobs(r.replica)}
+    waiting = [seen.records[entry.job_id] for entry in seen.queue]
+    priorities = [record.priority if record.losses == 0 else Priority.BATCH for record in waiting]
+    missing = choose_victims(
+        priorities, _runners(seen, candidates), marks=len(marked), max_preemptions=bounds.max_preemptions
+    )
+    assert missing == []
+
+
+def ended_jobs_expire(seen: Observation) -> None:
+    assert set(seen.scores("expiring")) == set(seen.records) - set(seen.alive)
