@@ -4,15 +4,14 @@
         answer = await client.generate("count 31 to 34", seed=7)
         print(answer.text)
 
-Errors are those of cluster.errors. A call that could not reach the cluster is repeated a few times before
-anything of its answer was seen; requests carry an id, so that a repeated one joins its job instead of
-starting another.
+Errors are those of cluster.errors. A call that could not reach the cluster is repeated; requests carry an id, so
+that a repeated one joins its job instead of starting another. A stream that loses its router goes on through any
+other, after the last canvas that was seen.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -20,7 +19,10 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.errors import EaselError, Unavailable
+from cluster.core import Violation
+from cluster.errors import EaselError, InvalidRequest, Unavailable
+from cluster.reading import Reading, stop_job
+from cluster.routers import Routers
 from cluster.rpc import convert
 from cluster.rpc.easel.v1 import (
     cluster_pb2,
@@ -30,7 +32,6 @@ from cluster.rpc.easel.v1 import (
     jobs_pb2,
     jobs_pb2_grpc,
 )
-from cluster.rpc.options import channel_options
 from cluster.rpc.prompts import Prompt, RequestOptions, build_request
 from cluster.rpc.results import (
     Accepted,
@@ -40,13 +41,13 @@ from cluster.rpc.results import (
     Draft,
     Event,
     Finished,
+    JobAttempt,
     JobView,
     answer_from_proto,
     cluster_from_proto,
-    event_from_proto,
     job_from_proto,
 )
-from cluster.rpc.status import error_from_rpc
+from cluster.rpc.sampling import shown
 
 __all__ = [
     "Accepted",
@@ -57,6 +58,7 @@ __all__ = [
     "EaselClient",
     "Event",
     "Finished",
+    "JobAttempt",
     "JobView",
     "RequestOptions",
 ]
@@ -67,22 +69,24 @@ READY_LOOK_S = 0.1
 # The router ends a job at its timeout and says so; the call waits this much longer to hear it.
 DEADLINE_SLACK_S = 1.0
 MAX_CALL_S = 24 * 3600.0
-# How grpc begins when it found no server, against "Connection reset by peer" and the like from one that went away.
-_NOBODY_THERE = ("failed to connect", "DNS resolution failed", "errors resolving")
+MAX_OFFSET = 2**31 - 1
 
 Sent = TypeVar("Sent")
 Received = TypeVar("Received")
-EventCall = grpc.aio.UnaryStreamCall[generation_pb2.GenerateRequest, generation_pb2.GenerateEvent]
-WatchCall = grpc.aio.UnaryStreamCall[jobs_pb2.WatchJobRequest, generation_pb2.GenerateEvent]
-OpenStream = Callable[[int], EventCall | WatchCall]
+Method = Callable[[grpc.aio.Channel], "grpc.aio.UnaryUnaryMultiCallable[Sent, Received]"]
+GenerateCall = grpc.aio.UnaryUnaryCall[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse]
 
 
 class EaselClient:
-    """One connection to a cluster, for use in one event loop by any number of tasks.
+    """A connection to a cluster, for use in one event loop by any number of tasks.
 
-    `timeout_s` bounds every job that does not name its own; `rpc_timeout_s` bounds the calls that do not wait
-    for a job. `retries` is how often a call that found the cluster unavailable is repeated. Close it, or use
-    it as an async context manager.
+    `target` is host:port, or several with commas between: one router is asked, and the next one when it cannot be
+    reached. `timeout_s` bounds every job that does not name its own; `rpc_timeout_s` bounds each try of the calls
+    that do not wait for a job.
+
+    A call that finds the cluster unavailable is repeated: at a cluster that never answered this client `retries`
+    times; else for at least `patience_s` too, in which a router that was lost is replaced. Close the client, or use
+    it as an async context manager. Raises ConfigError for an empty target or a limit below 0.
     """
 
     def __init__(
@@ -92,14 +96,12 @@ class EaselClient:
         timeout_s: float | None = None,
         rpc_timeout_s: float = 10.0,
         retries: int = 3,
+        patience_s: float = 30.0,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        self._target = target
         self._timeout_s = timeout_s
         self._rpc_timeout_s = rpc_timeout_s
-        self._retries = retries
-        self._credentials = credentials
-        self._open_channel: grpc.aio.Channel | None = None
+        self._routers = Routers(target, retries=retries, patience_s=patience_s, credentials=credentials)
 
     async def __aenter__(self) -> Self:
         return self
@@ -111,9 +113,7 @@ class EaselClient:
 
     async def close(self) -> None:
         """End the connection and every call on it. The next call would open it again."""
-        channel, self._open_channel = self._open_channel, None
-        if channel is not None:
-            await channel.close()
+        await self._routers.close()
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Return when the cluster can run a job. Raises Unavailable when `timeout_s` is not enough."""
@@ -128,7 +128,7 @@ class EaselClient:
                         last = str(error)
                     await asyncio.sleep(READY_LOOK_S)
         except TimeoutError:
-            what = f"the cluster at {self._target} is not ready after {timeout_s:g} s: {last}"
+            what = f"the cluster at {self._routers.target} is not ready after {timeout_s:g} s: {last}"
             raise Unavailable(what) from None
 
     async def generate(
@@ -140,11 +140,22 @@ class EaselClient:
     ) -> Answer:
         """The whole answer to a prompt: a text, messages as (role, content) or dicts, or `tokens`.
 
-        Cancelling the awaiting task stops the job. Raises an EaselError.
+        When its router is lost the call is repeated, and joins its job at another one. Cancelling the awaiting task
+        stops the job. Raises an EaselError.
         """
         request = self._request(prompt, tokens, options, drafts=False)
-        stub: generation_pb2_grpc.GenerationAsyncStub = generation_pb2_grpc.GenerationStub(self._channel)
-        return answer_from_proto(await self._unary(stub.Generate, request, _call_timeout_s(request)))
+        tries = self._routers.tries(_call_timeout_s(request))
+
+        def call(channel: grpc.aio.Channel) -> GenerateCall:
+            stub: generation_pb2_grpc.GenerationAsyncStub = generation_pb2_grpc.GenerationStub(channel)
+            return stub.Generate(request, timeout=tries.left_s)
+
+        try:
+            return answer_from_proto(await self._routers.call(call, tries))
+        except asyncio.CancelledError:
+            if tries.repeated:  # leaving a call that joined its job need not stop it
+                await stop_job(self._routers, request.request_id)
+            raise
 
     def stream(
         self,
@@ -154,10 +165,13 @@ class EaselClient:
         drafts: bool = False,
         **options: Unpack[RequestOptions],
     ) -> AsyncGenerator[Event, None]:
-        """The answer's events as they happen. Closing the iterator stops the job. Raises an EaselError."""
+        """The answer's events as they happen, each canvas once, whatever becomes of the routers meanwhile.
+
+        Closing the iterator stops the job. Raises an EaselError.
+        """
         request = self._request(prompt, tokens, options, drafts=drafts)
-        stub: generation_pb2_grpc.GenerationAsyncStub = generation_pb2_grpc.GenerationStub(self._channel)
-        return self._events(lambda _: stub.StreamGenerate(request, timeout=_call_timeout_s(request)))
+        reading = Reading(self._routers, request.request_id, drafts=drafts, request=request)
+        return reading.events(_call_timeout_s(request))
 
     async def submit(
         self,
@@ -172,31 +186,32 @@ class EaselClient:
         With `drafts` its replica makes drafts, for a `watch` that asks for them.
         """
         request = jobs_pb2.SubmitRequest(request=self._request(prompt, tokens, options, drafts=drafts))
-        return job_from_proto(await self._unary(self._jobs.Submit, request, self._rpc_timeout_s))
+        return job_from_proto(await self._unary(lambda channel: _jobs(channel).Submit, request))
 
     async def get(self, job_id: str) -> JobView:
         """A job as it stands. Raises JobNotFound, or another EaselError."""
-        request = jobs_pb2.GetJobRequest(job_id=job_id)
-        return job_from_proto(await self._unary(self._jobs.Get, request, self._rpc_timeout_s))
+        request = jobs_pb2.GetJobRequest(job_id=_sendable("job_id", job_id))
+        return job_from_proto(await self._unary(lambda channel: _jobs(channel).Get, request))
 
     async def cancel(self, job_id: str) -> JobView:
-        """Stop a job at its next denoising step; one that has ended stays as it is. Raises an EaselError."""
-        request = jobs_pb2.CancelJobRequest(job_id=job_id)
-        return job_from_proto(await self._unary(self._jobs.Cancel, request, self._rpc_timeout_s))
+        """Stop a job at its next denoising step. Safe to repeat.
+
+        Raises TransitionError for a job that has succeeded or failed already, or another EaselError.
+        """
+        request = jobs_pb2.CancelJobRequest(job_id=_sendable("job_id", job_id))
+        return job_from_proto(await self._unary(lambda channel: _jobs(channel).Cancel, request))
 
     def watch(self, job_id: str, from_canvas: int = 0, *, drafts: bool = False) -> AsyncGenerator[Event, None]:
         """A job's events from a canvas on, those already committed first; closing it leaves the job alone.
 
         A connection that breaks is taken up again after the last canvas seen, so every canvas comes once.
-        Raises the job's own error when it failed or was cancelled, or another EaselError.
+        Raises InvalidRequest for an offset beyond the job's end, the job's own error when it failed or was
+        cancelled, or another EaselError.
         """
-        jobs = self._jobs
-
-        def open_stream(next_canvas: int) -> WatchCall:
-            request = jobs_pb2.WatchJobRequest(job_id=job_id, from_canvas=next_canvas, drafts=drafts)
-            return jobs.Watch(request)
-
-        return self._events(open_stream, from_canvas=from_canvas, resumable=True)
+        if not 0 <= from_canvas <= MAX_OFFSET:
+            raise InvalidRequest([Violation("from_canvas", f"is {from_canvas}; allowed is 0 to {MAX_OFFSET}")])
+        job_id = _sendable("job_id", job_id)
+        return Reading(self._routers, job_id, from_canvas=from_canvas, drafts=drafts).events()
 
     async def jobs(self, state: str | None = None) -> AsyncGenerator[JobView, None]:
         """All jobs, newest first, without their texts; of one state ("queued", "running", ...) if given."""
@@ -204,7 +219,7 @@ class EaselClient:
         page_token = ""
         while True:
             request = jobs_pb2.ListJobsRequest(page_size=PAGE_SIZE, page_token=page_token, state=wanted)
-            page = await self._unary(self._jobs.List, request, self._rpc_timeout_s)
+            page = await self._unary(lambda channel: _jobs(channel).List, request)
             for job in page.jobs:
                 yield job_from_proto(job)
             page_token = page.next_page_token
@@ -213,24 +228,17 @@ class EaselClient:
 
     async def status(self) -> ClusterView:
         """Replicas, slots and the queue. Raises an EaselError."""
-        stub: cluster_pb2_grpc.ClusterAsyncStub = cluster_pb2_grpc.ClusterStub(self._channel)
         request = cluster_pb2.GetStatusRequest()
-        return cluster_from_proto(await self._unary(stub.GetStatus, request, self._rpc_timeout_s))
+        return cluster_from_proto(await self._unary(lambda channel: _cluster(channel).GetStatus, request))
 
-    @property
-    def _channel(self) -> grpc.aio.Channel:
-        # Made on first use: a channel belongs to the event loop that runs then.
-        if self._open_channel is None:
-            options = channel_options()
-            if self._credentials is None:
-                self._open_channel = grpc.aio.insecure_channel(self._target, options)
-            else:
-                self._open_channel = grpc.aio.secure_channel(self._target, self._credentials, options)
-        return self._open_channel
+    async def drain(self, replica: str) -> int:
+        """Have a replica give back its jobs and leave; returns how many it runs. They go on elsewhere.
 
-    @property
-    def _jobs(self) -> jobs_pb2_grpc.JobsAsyncStub:
-        return jobs_pb2_grpc.JobsStub(self._channel)
+        Returns at once: the replica has left when `status` shows it no more. Raises ReplicaNotFound, InvalidRequest for
+        what no replica can be called, or another EaselError.
+        """
+        request = cluster_pb2.DrainReplicaRequest(replica=_sendable("replica", replica))
+        return (await self._unary(lambda channel: _cluster(channel).DrainReplica, request)).running_jobs
 
     def _request(
         self, prompt: Prompt | None, tokens: Sequence[int] | None, options: RequestOptions, *, drafts: bool
@@ -239,74 +247,36 @@ class EaselClient:
         return build_request(prompt, tokens, bounded, drafts=drafts)
 
     async def _is_serving(self) -> bool:
-        stub: Any = health_pb2_grpc.HealthStub(self._channel)  # its type stubs leave the methods out
+        asked = self._routers.current
+        stub: Any = health_pb2_grpc.HealthStub(self._routers.channel(asked))  # its type stubs leave the methods out
         try:
             reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_CHECK_S)
         except grpc.aio.AioRpcError as error:
-            raise self._failure(error) from error
+            self._routers.leave(asked)
+            raise self._routers.failure_of(error) from error
+        self._routers.served = True
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
-    async def _unary(
-        self,
-        method: grpc.aio.UnaryUnaryMultiCallable[Sent, Received],
-        request: Sent,
-        timeout_s: float | None,
-    ) -> Received:
-        attempt = 0
-        while True:
-            try:
-                return await method(request, timeout=timeout_s)
-            except grpc.aio.AioRpcError as error:
-                failure = self._failure(error)
-                if not self._may_retry(failure, attempt):
-                    raise failure from error
-            await asyncio.sleep(backoff_s(attempt, failure.retry_after_ms, random.random()))
-            attempt += 1
-
-    async def _events(
-        self, open_stream: OpenStream, *, from_canvas: int = 0, resumable: bool = False
-    ) -> AsyncGenerator[Event, None]:
-        next_canvas, attempt, opened = from_canvas, 0, False
-        while True:
-            call = open_stream(next_canvas)
-            try:
-                async for message in call:
-                    event = event_from_proto(message)
-                    if event is None or (opened and isinstance(event, Accepted)):
-                        continue
-                    opened = True
-                    if isinstance(event, Committed):
-                        next_canvas, attempt = event.canvas_index + 1, 0
-                    yield event
-            except grpc.aio.AioRpcError as error:
-                failure = self._failure(error)
-                if (opened and not resumable) or not self._may_retry(failure, attempt):
-                    raise failure from error
-            else:
-                return
-            finally:
-                call.cancel()
-            await asyncio.sleep(backoff_s(attempt, failure.retry_after_ms, random.random()))
-            attempt += 1
-
-    def _may_retry(self, failure: EaselError, attempt: int) -> bool:
-        return isinstance(failure, Unavailable) and attempt < self._retries
-
-    def _failure(self, error: grpc.aio.AioRpcError) -> EaselError:
-        failure = error_from_rpc(error)
-        cause = str(failure)
-        if isinstance(failure, Unavailable) and cause.startswith(_NOBODY_THERE):
-            return Unavailable(f"no cluster answers at {self._target}")
-        return failure
+    async def _unary(self, method: Method[Sent, Received], request: Sent) -> Received:
+        tries, timeout_s = self._routers.tries(), self._rpc_timeout_s
+        return await self._routers.call(lambda channel: method(channel)(request, timeout=timeout_s), tries)
 
 
-def backoff_s(attempt: int, retry_after_ms: int | None, uniform: float) -> float:
-    """Pause before retry number `attempt` (from 0): what the server asked for, else 0.1 s doubled each time.
+def _jobs(channel: grpc.aio.Channel) -> jobs_pb2_grpc.JobsAsyncStub:
+    return jobs_pb2_grpc.JobsStub(channel)
 
-    `uniform` in [0, 1) spreads the pause over its upper half, so that clients do not come back together.
-    """
-    full_s = min(0.1 * 2**attempt, 5.0) if retry_after_ms is None else retry_after_ms / 1000
-    return full_s * (0.5 + 0.5 * uniform) if retry_after_ms is None else full_s * (1 + 0.25 * uniform)
+
+def _cluster(channel: grpc.aio.Channel) -> cluster_pb2_grpc.ClusterAsyncStub:
+    return cluster_pb2_grpc.ClusterStub(channel)
+
+
+def _sendable(field: str, value: str) -> str:
+    """`value` as it is. Raises InvalidRequest for text that no message can carry."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest([Violation(field, f"is {shown(value)}; text must be valid Unicode")]) from None
+    return value
 
 
 def _call_timeout_s(request: generation_pb2.GenerateRequest) -> float | None:

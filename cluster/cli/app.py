@@ -5,7 +5,9 @@ from __future__ import annotations
 import click
 
 from cluster import __version__
+from cluster.cli.chaos import chaos
 from cluster.cli.demo import demo
+from cluster.cli.drain import drain
 from cluster.cli.failure import ReportingGroup
 from cluster.cli.generate import generate
 from cluster.cli.jobs import cancel, get, jobs, submit, watch
@@ -21,8 +23,8 @@ Start here:
   easel status                      see replicas, slots and the queue
   easel down                        stop the cluster
 
-Commands that talk to a cluster find it by --address host:port, else by the environment variable EASEL_ADDRESS, else
-they take the one that runs on this machine, else localhost:8500.
+Commands that talk to a cluster find it by --address host:port (or several, with commas between), else by the
+environment variable EASEL_ADDRESS, else they take the one that runs on this machine, else localhost:8500.
 
 \b
 Exit codes: 0 done, 2 the command or the request is wrong, 3 no cluster answers
@@ -39,5 +41,5 @@ def easel() -> None:
     """See HELP."""
 
 
-for _command in (up, down, status, generate, submit, get, watch, cancel, jobs, demo):
+for _command in (up, down, status, drain, generate, submit, get, watch, cancel, jobs, demo, chaos):
     easel.add_command(_command)

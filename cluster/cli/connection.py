@@ -20,9 +20,10 @@ def address_option(command: Command) -> Command:
     """Adds --address."""
     return click.option(
         "--address",
-        metavar="HOST:PORT",
+        metavar="HOST:PORT[,...]",
         callback=_checked,
-        help="The cluster to talk to. Default: $EASEL_ADDRESS, else the cluster on this machine.",
+        help="The cluster to talk to, by one of its routers or several. Default: $EASEL_ADDRESS, else the cluster on "
+        "this machine.",
     )(command)
 
 
@@ -32,8 +33,9 @@ def json_option(command: Command) -> Command:
 
 
 def _checked(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    if value is not None and (":" not in value or any(c.isspace() for c in value)):
-        raise click.BadParameter(f"{value!r} is no host:port, such as localhost:{DEFAULT_PORT}")
+    for part in [] if value is None else value.split(","):
+        if ":" not in part or any(c.isspace() for c in part):
+            raise click.BadParameter(f"{part!r} is no host:port, such as localhost:{DEFAULT_PORT}")
     return value
 
 

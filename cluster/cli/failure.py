@@ -37,7 +37,7 @@ _EXIT_CODES: tuple[tuple[type[EaselError], int], ...] = (
     (EngineError, EXIT_JOB),
 )
 # Fields of a request that the command fills from something with another name.
-_SPOKEN = {"text": "prompt", "timeout": "--timeout-s", "job_id": "job id", "request": "request"}
+_SPOKEN = {"text": "prompt", "timeout": "--timeout-s", "job_id": "job id", "replica": "replica", "request": "request"}
 
 
 class ReportingGroup(click.Group):

@@ -12,7 +12,7 @@ from cluster.cli.connection import address_option, json_option, with_client
 from cluster.cli.live import make_console, on_terminal, printable, show_live, usage_words
 from cluster.cli.output import job_json, print_json
 from cluster.cli.request_options import read_prompt, request_options, to_request_options
-from cluster.client import Committed, EaselClient, JobView
+from cluster.client import Committed, EaselClient, JobAttempt, JobView
 from cluster.rpc.easel.v1 import jobs_pb2
 
 STATES = [name.removeprefix("JOB_STATE_").lower() for name in jobs_pb2.JobState.keys()[1:]]
@@ -51,7 +51,7 @@ def get(job_id: str, as_json: bool, address: str | None) -> None:
 @json_option
 @address_option
 def cancel(job_id: str, as_json: bool, address: str | None) -> None:
-    """Stop the job JOB_ID at its next denoising step. A job that has ended stays as it is."""
+    """Stop the job JOB_ID at its next denoising step. One that has succeeded or failed already is an error."""
     job = with_client(address, lambda client: client.cancel(job_id))
     if as_json:
         print_json(job_json(job))
@@ -114,8 +114,17 @@ def _show(job: JobView, *, as_json: bool) -> None:
     for name, value in _facts(job):
         if value:
             click.echo(f"{name:<9} {value}")
+    for attempt in job.history:
+        click.echo(attempt_line(attempt))
     if job.text:
         click.echo(f"\n{job.text}")
+
+
+def attempt_line(attempt: JobAttempt) -> str:
+    """One line on a run that ended before its job did."""
+    ran_ms = round((attempt.ended_at - attempt.started_at).total_seconds() * 1000)
+    line = f"attempt {attempt.epoch} on {attempt.replica}: {attempt.reason}, after {ran_ms} ms: {attempt.message}"
+    return printable(" ".join(line.split()))
 
 
 def _facts(job: JobView) -> list[tuple[str, str]]:

@@ -20,12 +20,13 @@ from cluster.errors import StartupError
 @click.option("--replicas", type=click.IntRange(1), help="Denoiser replicas.  [default: 2]")
 @click.option("--tp", type=click.IntRange(1), help="Ranks per replica.  [default: 1]")
 @click.option("--slots", type=click.IntRange(1), help="Jobs at once per replica.  [default: 8]")
-@click.option("--port", type=click.IntRange(0, 65535), help=f"Port of the router; 0: any.  [default: {DEFAULT_PORT}]")
+@click.option("--routers", type=click.IntRange(1), help="Routers, which share the port.  [default: 1]")
+@click.option("--port", type=click.IntRange(0, 65535), help=f"Port of the routers; 0: any.  [default: {DEFAULT_PORT}]")
 @click.option("--redis-url", metavar="URL", help="Redis to use.  [default: one of its own]")
 @click.option("--engine", type=click.Choice(["torch", "fake"]), help="What computes.  [default: torch]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Run dtype.  [default: float32]")
 def up(foreground: bool, **options: Any) -> None:  # noqa: ANN401 - the options are those of UpOptions
-    """Start a cluster on this machine: Ray, Redis, a router and its replicas.
+    """Start a cluster on this machine: Ray, Redis, routers and replicas.
 
     Returns when the cluster answers; it goes on until `easel down`.
     """

@@ -17,15 +17,20 @@ from cluster.client import ClusterView
 @json_option
 @address_option
 def status(as_json: bool, address: str | None) -> None:
-    """Show replicas, slots in use and the queue."""
+    """Show replicas, slots in use, the queue and the routers."""
     view = with_client(address, lambda client: client.status())
     if as_json:
         print_json(asdict(view))
         return
-    replicas = len(view.replicas)
-    click.echo(f"easel {view.version}: {replicas} replica{'' if replicas == 1 else 's'}, {_load(view)}")
+    click.echo(f"easel {view.version}: {counted(len(view.replicas), 'replica')}, {_load(view)}")
     if view.replicas:
         make_console().print(_table(view))
+    click.echo(f"{counted(len(view.routers), 'router')}: {', '.join(view.routers) or 'none has a lease'}")
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 job`, `2 jobs`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _load(view: ClusterView) -> str:
@@ -34,11 +39,12 @@ def _load(view: ClusterView) -> str:
 
 def _table(view: ClusterView) -> Table:
     table = Table(box=None, pad_edge=False)
-    for heading in ("replica", "model", "slots", "steps", "canvases", "lease", "address"):
+    for heading in ("replica", "state", "model", "slots", "steps", "canvases", "lease", "address"):
         table.add_column(heading, no_wrap=heading == "replica")
     for row in view.replicas:
         table.add_row(
             row.replica,
+            "draining" if row.draining else "ready",
             row.model,
             f"{row.active}/{row.slots}",
             _counter(row.stats, "denoising_steps"),

@@ -39,6 +39,7 @@ def job_spec_to_proto(spec: JobSpec) -> denoiser_pb2.JobSpec:
         stop=spec.stop,
         priority=int(spec.priority),
         tenant=spec.tenant,
+        drafts=spec.wants_drafts,
     )
 
 
@@ -61,6 +62,7 @@ def job_spec_from_proto(message: denoiser_pb2.JobSpec) -> JobSpec:
         stop=tuple(message.stop),
         priority=Priority(message.priority),
         tenant=message.tenant,
+        wants_drafts=message.drafts,
     )
 
 
@@ -185,6 +187,7 @@ def replica_to_proto(row: ReplicaRow) -> cluster_pb2.ReplicaStatus:
         active=row.active,
         lease_ms=row.lease_ms,
         stats=row.stats,
+        draining=row.draining,
     )
 
 
@@ -199,6 +202,7 @@ def replica_from_proto(message: cluster_pb2.ReplicaStatus) -> ReplicaRow:
         active=message.active,
         lease_ms=message.lease_ms,
         stats=dict(message.stats),
+        draining=message.draining,
     )
 
 

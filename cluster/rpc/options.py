@@ -15,18 +15,23 @@ _MAX_METADATA_BYTES = 32 * 1024
 Options = Sequence[tuple[str, int]]
 
 
-def server_options(max_request_bytes: int) -> Options:
-    """Settings of an Easel server; `max_request_bytes` is the limit that its EdgeInterceptor enforces."""
+def server_options(max_request_bytes: int, share_port: bool = False) -> Options:
+    """Settings of an Easel server; `max_request_bytes` is the limit that its EdgeInterceptor enforces.
+
+    With `share_port` other servers may bind the same port, and the kernel spreads new connections over all of them.
+    """
     return [
         ("grpc.max_receive_message_length", max(HARD_LIMIT_BYTES, 2 * max_request_bytes)),
         ("grpc.max_send_message_length", -1),
-        # With SO_REUSEPORT a second server binds the same port without an error and takes half of the calls.
-        ("grpc.so_reuseport", 0),
+        # With SO_REUSEPORT a second server binds the same port without an error and takes half of the calls. Routers of
+        # one cluster answer alike, so that is what they want: a new one serves before the old one leaves, and no caller
+        # is refused in between. Any other server must fail when its port is taken.
+        ("grpc.so_reuseport", int(share_port)),
         ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
         # Without these a server takes its own clients' keepalive for an attack and closes the connection.
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
+        ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
     ]
 
 

@@ -60,7 +60,6 @@ class ParsedRequest:
     digest: str
     spec: JobSpec
     timeout_ms: int | None
-    wants_drafts: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ def parse_generate(
         raise InvalidRequest(bad)
     job_id = request.request_id or new_id()
     spec = _spec(request, job_id, prompt_tokens, sampling)
-    return ParsedRequest(job_id, digest_of(request), spec, timeout_ms, wants_drafts=request.drafts)
+    return ParsedRequest(job_id, digest_of(request), spec, timeout_ms)
 
 
 @contextmanager
@@ -119,6 +118,7 @@ def _spec(
         stop=tuple(request.sampling.stop),
         priority=convert.priority_from_proto(request.priority),
         tenant=request.tenant,
+        wants_drafts=request.drafts,
     )
 
 
@@ -278,6 +278,17 @@ def check_from_canvas(from_canvas: int) -> int:
     """The offset of a watch as it is. Raises InvalidRequest below 0."""
     if from_canvas < 0:
         raise InvalidRequest([Violation("from_canvas", f"is {from_canvas}; allowed is 0 and above")])
+    return from_canvas
+
+
+def check_within_job(from_canvas: int, canvases: int, *, ended: bool) -> int:
+    """The offset of a watch as it is. Raises InvalidRequest when the job has, or can get, fewer canvases than that.
+
+    An offset of all `canvases` is allowed: whoever has them all waits for the end.
+    """
+    if from_canvas > canvases:
+        why = f"the job has ended with {canvases} canvases" if ended else f"the job writes at most {canvases} canvases"
+        raise InvalidRequest([Violation("from_canvas", f"is {from_canvas}; allowed is 0 to {canvases}: {why}")])
     return from_canvas
 
 

@@ -80,11 +80,27 @@ class JobProblem:
 
 
 @dataclass(frozen=True, slots=True)
+class JobAttempt:
+    """A run of a job that ended before the job did: on which replica, from when to when, and why (see jobs.proto).
+
+    `epoch` tells which attempt it was, from 1.
+    """
+
+    epoch: int
+    replica: str
+    reason: str
+    message: str
+    started_at: datetime
+    ended_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class JobView:
     """A job as it stands. `state` is queued, running, succeeded, failed or cancelled; the last three are
     final.
 
-    `text` and `token_ids` are what is committed so far, and empty in a listing. Times are in UTC.
+    `text` and `token_ids` are what is committed so far, and empty in a listing. `history` has the attempts that
+    ended early, oldest first; `losses` counts those lost in a row. Times are in UTC.
     """
 
     job_id: str
@@ -101,6 +117,8 @@ class JobView:
     created_at: datetime
     finished_at: datetime | None
     deadline_at: datetime | None
+    history: tuple[JobAttempt, ...] = ()
+    losses: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +242,19 @@ def job_from_proto(message: jobs_pb2.Job) -> JobView:
         created_at=convert.timestamp_from_proto(message.created_at),
         finished_at=convert.timestamp_from_proto(message.finished_at) if message.HasField("finished_at") else None,
         deadline_at=convert.timestamp_from_proto(message.deadline_at) if message.HasField("deadline_at") else None,
+        history=tuple(_attempt(attempt) for attempt in message.history),
+        losses=message.losses,
+    )
+
+
+def _attempt(message: jobs_pb2.JobAttempt) -> JobAttempt:
+    return JobAttempt(
+        epoch=message.epoch,
+        replica=message.replica,
+        reason=message.reason,
+        message=message.message,
+        started_at=convert.timestamp_from_proto(message.started_at),
+        ended_at=convert.timestamp_from_proto(message.ended_at),
     )
 
 

@@ -22,7 +22,6 @@ from cluster.errors import (
     DeadlineExceeded,
     EaselError,
     InvalidRequest,
-    JobCancelled,
     JobNotFound,
     QueueFull,
     RequestIdReused,
@@ -43,10 +42,23 @@ _BY_CODE: dict[grpc.StatusCode, type[EaselError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: QueueFull,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
-    grpc.StatusCode.CANCELLED: JobCancelled,
+    # Easel's own cancels carry details, and a caller that cancels gets no status: a bare one is a server going down.
+    grpc.StatusCode.CANCELLED: Unavailable,
 }
-# What grpc says when the process at the other end dies in the middle of a call, under UNKNOWN or INTERNAL.
-_BROKEN_STREAM = ("stream removed", "rst_stream", "goaway", "socket closed", "connection reset")
+# What grpc says when the process at the other end dies or closes its server in the middle of a call. The code is
+# mostly UNAVAILABLE, but depends on which of the two threads at work sees the end first.
+_BROKEN_STREAM = (
+    "stream removed",
+    "rst_stream",
+    "goaway",
+    "socket closed",
+    "connection reset",
+    "connection closed",
+    "broken pipe",
+    "endpoint closing",
+    "cancelling all calls",
+)
+_BROKEN_CODES = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED})
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: EaselError) -> NoReturn:
@@ -143,8 +155,7 @@ def _by_transport(code: grpc.StatusCode, message: str, retry_after_ms: int | Non
         return InvalidRequest([Violation("request", f"is too large for the server: {message}")])
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return InvalidRequest([Violation("request", message)])
-    broken = code in {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}
-    if broken and any(sign in lowered for sign in _BROKEN_STREAM):
+    if code in _BROKEN_CODES and any(sign in lowered for sign in _BROKEN_STREAM):
         return Unavailable(message, retry_after_ms=retry_after_ms)
     if code in _BY_CODE:
         return _BY_CODE[code](message, retry_after_ms=retry_after_ms)

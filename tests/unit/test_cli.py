@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import pty
@@ -10,12 +9,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
 from cluster import embedded
 from cluster.cli.app import easel
@@ -30,55 +26,19 @@ from cluster.errors import (
     JobFailed,
     JobNotFound,
     QueueFull,
+    ReplicaNotFound,
     StartupError,
+    TransitionError,
     Unavailable,
 )
-from tests.unit.fake_router import FakeRouter, serve
+from cluster.rpc import convert
+from cluster.rpc.easel.v1 import jobs_pb2
+from tests.unit.commands import at, invoke, local_cluster
+from tests.unit.fake_router import PATIENCE_S, Served
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PATIENCE_S = 20.0
 
-
-@dataclass(frozen=True)
-class Served:
-    router: FakeRouter
-    address: str
-
-
-@pytest.fixture
-def served() -> Iterator[Served]:
-    started, stop = threading.Event(), asyncio.Event()
-    found: list[Served] = []
-    loops: list[asyncio.AbstractEventLoop] = []
-
-    async def run() -> None:
-        router = FakeRouter()
-        async with serve(router) as address:
-            found.append(Served(router, address))
-            loops.append(asyncio.get_running_loop())
-            started.set()
-            await stop.wait()
-
-    thread = threading.Thread(target=asyncio.run, args=(run(),))
-    thread.start()
-    assert started.wait(PATIENCE_S)
-    yield found[0]
-    loops[0].call_soon_threadsafe(stop.set)
-    thread.join(PATIENCE_S)
-
-
-@pytest.fixture(autouse=True)
-def no_local_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("EASEL_HOME", str(tmp_path))
-    monkeypatch.delenv("EASEL_ADDRESS", raising=False)
-
-
-def invoke(*arguments: str, stdin: str | bytes | None = None) -> Result:
-    return CliRunner().invoke(easel, arguments, input=stdin)
-
-
-def at(served: Served, *arguments: str, stdin: str | bytes | None = None) -> Result:
-    return invoke(*arguments, "--address", served.address, stdin=stdin)
+pytestmark = pytest.mark.usefixtures("no_local_cluster")
 
 
 def test_generate_prints_just_the_text_into_a_pipe(served: Served) -> None:
@@ -165,6 +125,8 @@ def test_a_server_bug_is_exit_1_without_a_trace(served: Served) -> None:
         (DeadlineExceeded("x"), 4),
         (JobFailed("x"), 4),
         (JobNotFound("x"), 1),
+        (ReplicaNotFound("x"), 1),
+        (TransitionError("x"), 1),
         (CheckpointError("x"), 1),
     ],
 )
@@ -183,6 +145,8 @@ def test_an_error_of_several_lines_keeps_them() -> None:
         ("generate", "x", "--seed", "many"),
         ("generate", "x", "--priority", "vip"),
         ("status", "--address", "somewhere"),
+        ("status", "--address", "here:1,there"),
+        ("drain", "r0", "--timeout", "0"),
         ("jobs", "--state", "lost"),
         ("up", "--port", "99999"),
         ("nonsense",),
@@ -211,6 +175,30 @@ def test_an_unknown_job_is_an_error_line(served: Served) -> None:
     result = at(served, "get", "bad id")
     assert result.exit_code == 2
     assert result.stderr.startswith("easel: error: job id: is 'bad id'")
+    result = at(served, "get", "a\udcff")
+    assert (result.exit_code, result.stderr) == (2, "easel: error: job id: is 'a\\udcff'; text must be valid Unicode\n")
+
+
+def test_get_shows_the_attempts_that_ended_early(served: Served) -> None:
+    attempt = jobs_pb2.JobAttempt(replica="r1", reason="REPLICA_LOST", message="its stream\nbroke", epoch=1)
+    attempt.started_at.CopyFrom(convert.timestamp_to_proto(1_700_000_000_000))
+    attempt.ended_at.CopyFrom(convert.timestamp_to_proto(1_700_000_000_812))
+    served.router.history.append(attempt)
+    at(served, "submit", "hello", "--request-id", "a")
+    shown = at(served, "get", "a").stdout.splitlines()
+    assert "attempt 1 on r1: REPLICA_LOST, after 812 ms: its stream broke" in shown
+    job = json.loads(at(served, "get", "a", "--json").stdout)
+    assert job["losses"] == 1
+    assert job["history"] == [
+        {
+            "epoch": 1,
+            "replica": "r1",
+            "reason": "REPLICA_LOST",
+            "message": "its stream\nbroke",
+            "started_at": "2023-11-14T22:13:20+00:00",
+            "ended_at": "2023-11-14T22:13:20.812000+00:00",
+        }
+    ]
 
 
 def test_watch_prints_the_text_from_a_canvas_on(served: Served) -> None:
@@ -219,10 +207,29 @@ def test_watch_prints_the_text_from_a_canvas_on(served: Served) -> None:
     assert at(served, "watch", "a", "--from-canvas", "1").stdout == "leh\n"
 
 
+@pytest.mark.parametrize(
+    ("offset", "allowed"),
+    [("3", "0 to 2: the job has ended with 2 canvases"), ("-1", "0 to 2147483647"), ("9999999999", "0 to 2147483647")],
+)
+def test_watch_from_beyond_the_end_is_one_line_and_exit_2(served: Served, offset: str, allowed: str) -> None:
+    at(served, "submit", "hello", "--request-id", "a")
+    result = at(served, "watch", "a", "--from-canvas", offset)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"easel: error: --from-canvas: is {offset}; allowed is {allowed}\n"
+
+
 def test_cancel_says_how_the_job_stands(served: Served) -> None:
     at(served, "submit", "hello", "--request-id", "a")
     assert at(served, "cancel", "a").stdout == "a cancelled\n"
     assert served.router.cancelled == ["a"]
+
+
+def test_cancel_of_a_job_that_has_ended_is_one_line_and_exit_1(served: Served) -> None:
+    at(served, "submit", "hello", "--request-id", "a")
+    served.router.ended.add("a")
+    result = at(served, "cancel", "a")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "easel: error: job a cannot be cancelled: it has succeeded already\n"
 
 
 def test_jobs_lists_over_pages_up_to_the_limit(served: Served) -> None:
@@ -236,14 +243,6 @@ def test_jobs_lists_over_pages_up_to_the_limit(served: Served) -> None:
     assert [job["job_id"] for job in listed] == ["a", "b"]
 
 
-def test_status_shows_the_load(served: Served) -> None:
-    shown = at(served, "status").stdout
-    assert "1 replica, 3 of 8 slots in use, 1 waiting (at most 1000)" in shown
-    view = json.loads(at(served, "status", "--json").stdout)
-    assert view["replicas"][0]["replica"] == "r0"
-    assert (view["slots"], view["queued"]) == (8, 1)
-
-
 def test_the_address_comes_from_the_option_the_environment_or_the_local_cluster(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,66 +251,6 @@ def test_the_address_comes_from_the_option_the_environment_or_the_local_cluster(
     monkeypatch.setenv("EASEL_ADDRESS", "127.0.0.1:1")
     assert invoke("generate", "ab").exit_code == 3
     assert at(served, "generate", "ab").stdout == "ba\n"
-
-
-def local_cluster(address: str) -> embedded.LocalCluster:
-    return embedded.LocalCluster(
-        pid=1, born_s=0.0, address=address, redis_url="", redis_pid=None, checkpoint="", log_dir="/logs", ray_dir=""
-    )
-
-
-def test_up_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[embedded.UpOptions] = []
-
-    def up(options: embedded.UpOptions, report: embedded.Report) -> embedded.LocalCluster:
-        seen.append(options)
-        report("starting")
-        return local_cluster("127.0.0.1:9000")
-
-    monkeypatch.setattr(embedded, "up", up)
-    result = invoke("up", "--port", "9000", "--replicas", "3", "--engine", "fake", "--checkpoint", "m")
-    assert result.exit_code == 0
-    assert result.stdout.startswith("starting\neasel is up at 127.0.0.1:9000, logs are in /logs\n")
-    assert seen == [embedded.UpOptions(checkpoint="m", replicas=3, port=9000, engine="fake")]
-
-
-def test_up_in_the_foreground_takes_the_cluster_down_on_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
-    downs: list[bool] = []
-
-    def interrupted(cluster: embedded.LocalCluster) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        signal.pause()
-
-    monkeypatch.setattr(embedded, "up", lambda options, report: local_cluster("127.0.0.1:9000"))
-    monkeypatch.setattr(embedded, "wait_foreground", interrupted)
-    monkeypatch.setattr(embedded, "down", lambda report: downs.append(True))
-    before = signal.getsignal(signal.SIGTERM)
-    result = invoke("up", "--foreground")
-    assert (result.exit_code, downs) == (0, [True])
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_up_in_the_foreground_says_when_the_cluster_ended_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "up", lambda options, report: local_cluster("127.0.0.1:9000"))
-    monkeypatch.setattr(embedded, "wait_foreground", lambda cluster: None)
-    monkeypatch.setattr(embedded, "down", lambda report: True)
-    result = invoke("up", "--foreground")
-    assert result.exit_code == 1
-    assert result.stderr == "easel: error: the cluster ended by itself; see /logs\n"
-
-
-def test_up_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def up(options: embedded.UpOptions, report: embedded.Report) -> embedded.LocalCluster:
-        raise StartupError("port 8500 on 127.0.0.1 cannot be used")
-
-    monkeypatch.setattr(embedded, "up", up)
-    result = invoke("up")
-    assert (result.exit_code, result.stderr) == (1, "easel: error: port 8500 on 127.0.0.1 cannot be used\n")
-
-
-def test_down_without_a_cluster_says_so() -> None:
-    result = invoke("down")
-    assert (result.exit_code, result.stdout) == (0, "no cluster runs on this machine\n")
 
 
 def test_help_and_version_need_no_cluster() -> None:

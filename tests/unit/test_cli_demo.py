@@ -18,8 +18,8 @@ from cluster.cli.demo_board import DemoJob, LiveBoard, summary_table, totals_lin
 from cluster.client import Committed, Draft, Finished
 from cluster.core import FinishReason, Usage
 from cluster.errors import StartupError
+from tests.unit.commands import local_cluster
 from tests.unit.fake_router import FakeRouter, serve
-from tests.unit.test_cli import local_cluster
 
 
 def console() -> tuple[Console, io.StringIO]:

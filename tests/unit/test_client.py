@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
 
-from cluster.client import Accepted, Committed, Draft, EaselClient, Event, Finished, backoff_s
+from cluster.client import Accepted, Committed, Draft, EaselClient, Event, Finished, JobAttempt
 from cluster.core import FinishReason, Priority
 from cluster.errors import (
     DeadlineExceeded,
@@ -22,8 +23,13 @@ from cluster.errors import (
     InvalidRequest,
     JobCancelled,
     JobNotFound,
+    ReplicaNotFound,
+    TransitionError,
     Unavailable,
 )
+from cluster.routers import backoff_s
+from cluster.rpc import convert
+from cluster.rpc.easel.v1 import jobs_pb2
 from cluster.rpc.results import assemble
 from tests.unit.fake_router import MAX_REQUEST_BYTES, USAGE, FakeRouter, serve
 
@@ -229,6 +235,53 @@ async def test_get_cancel_and_jobs_return_views(client: EaselClient, router: Fak
     assert [job.job_id async for job in client.jobs()] == ["a", "b", "c"]
     with pytest.raises(JobNotFound, match="'nope'"):
         await client.get("nope")
+
+
+async def test_a_job_that_has_ended_cannot_be_cancelled(client: EaselClient, router: FakeRouter) -> None:
+    await client.submit("hello", request_id="a")
+    router.ended.add("a")
+    with pytest.raises(TransitionError, match="job a cannot be cancelled: it has succeeded already"):
+        await client.cancel("a")
+    assert len(router.cancelled) == 0
+
+
+async def test_an_offset_that_no_job_can_have_is_refused_by_name(client: EaselClient) -> None:
+    await client.submit("hello", request_id="a")
+    with pytest.raises(
+        InvalidRequest, match=r"from_canvas: is 3; allowed is 0 to 2: the job has ended with 2 canvases"
+    ):
+        await read(client.watch("a", from_canvas=3))
+    assert [type(event) for event in await read(client.watch("a", from_canvas=2))] == [Accepted, Finished]
+    with pytest.raises(InvalidRequest, match=f"from_canvas: is {2**31}; allowed is 0 to {2**31 - 1}"):
+        client.watch("a", from_canvas=2**31)
+
+
+async def test_an_id_that_is_no_text_is_refused_by_name(client: EaselClient) -> None:
+    with pytest.raises(InvalidRequest, match=r"job_id: is .*; text must be valid Unicode"):
+        await client.get("\ud800")
+    with pytest.raises(InvalidRequest, match=r"replica: is .*; text must be valid Unicode"):
+        await client.drain("\ud800")
+
+
+async def test_a_drain_says_how_many_jobs_move_and_shows_in_the_status(client: EaselClient) -> None:
+    assert [row.draining for row in (await client.status()).replicas] == [False]
+    assert await client.drain("r0") == 3
+    assert [row.draining for row in (await client.status()).replicas] == [True]
+    with pytest.raises(ReplicaNotFound, match="r1"):
+        await client.drain("r1")
+    with pytest.raises(InvalidRequest, match="replica: is 'r 0'"):
+        await client.drain("r 0")
+
+
+async def test_a_job_carries_the_attempts_that_ended_early(client: EaselClient, router: FakeRouter) -> None:
+    attempt = jobs_pb2.JobAttempt(replica="r1", reason="DRAINED", message="r1 leaves", epoch=4)
+    attempt.started_at.CopyFrom(convert.timestamp_to_proto(1000))
+    attempt.ended_at.CopyFrom(convert.timestamp_to_proto(2500))
+    router.history.append(attempt)
+    job = await client.submit("hello")
+    moments = [datetime.fromtimestamp(s, UTC) for s in (1, 2.5)]
+    assert job.history == (JobAttempt(4, "r1", "DRAINED", "r1 leaves", *moments),)
+    assert job.losses == 1
 
 
 async def test_status_shows_replicas_and_the_queue(client: EaselClient) -> None:

@@ -32,7 +32,14 @@ reals = st.floats(allow_nan=False)
 texts = st.text(max_size=20)
 samplings = st.builds(SamplingParams, st.integers(0, MAX_SEED), counts, counts, reals, reals, reals, reals, counts)
 specs = st.builds(
-    JobSpec, texts, tokens, samplings, st.lists(texts, max_size=3).map(tuple), st.sampled_from(Priority), texts
+    JobSpec,
+    texts,
+    tokens,
+    samplings,
+    st.lists(texts, max_size=3).map(tuple),
+    st.sampled_from(Priority),
+    texts,
+    st.booleans(),
 )
 canvases = st.builds(Canvas, counts, tokens, tokens, texts, counts, reals)
 drafts = st.builds(Draft, counts, counts, texts, reals, counts)
@@ -61,8 +68,9 @@ def test_usage_comes_back_whole(usage: Usage) -> None:
     assert convert.usage_from_proto(convert.usage_to_proto(usage)) == usage
 
 
-def test_a_replica_comes_back_whole() -> None:
-    row = ReplicaRow("r", "h:1", "m", "v", 8, 3, 4000, {"steps": 1.5})
+@pytest.mark.parametrize("draining", [False, True])
+def test_a_replica_comes_back_whole(draining: bool) -> None:
+    row = ReplicaRow("r", "h:1", "m", "v", 8, 3, 4000, {"steps": 1.5}, draining)
     assert convert.replica_from_proto(convert.replica_to_proto(row)) == row
 
 

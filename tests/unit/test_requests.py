@@ -21,6 +21,7 @@ from cluster.rpc.requests import (
     ParsedRequest,
     check_from_canvas,
     check_job_id,
+    check_within_job,
     digest_of,
     parse_generate,
     parse_list,
@@ -68,7 +69,7 @@ def test_what_is_left_out_comes_from_the_model() -> None:
     assert parsed.spec.sampling == dataclasses.replace(CARD.defaults, seed=9)
     assert parsed.spec.prompt_tokens == (2, 104, 105)
     assert (parsed.spec.priority, parsed.spec.tenant, parsed.spec.stop) == (Priority.NORMAL, "", ())
-    assert (parsed.timeout_ms, parsed.wants_drafts) == (None, False)
+    assert (parsed.timeout_ms, parsed.spec.wants_drafts) == (None, False)
 
 
 def test_text_is_one_message_of_the_user() -> None:
@@ -297,6 +298,14 @@ def test_job_ids_and_offsets_are_checked() -> None:
     assert check_from_canvas(0) == 0
     with pytest.raises(InvalidRequest, match="from_canvas: is -1; allowed is 0 and above"):
         check_from_canvas(-1)
+
+
+def test_an_offset_is_within_what_the_job_has_or_can_have() -> None:
+    assert check_within_job(2, 2, ended=True) == 2
+    with pytest.raises(InvalidRequest, match="from_canvas: is 3; allowed is 0 to 2: the job has ended with 2 canvases"):
+        check_within_job(3, 2, ended=True)
+    with pytest.raises(InvalidRequest, match="from_canvas: is 9; allowed is 0 to 8: the job writes at most 8 canvases"):
+        check_within_job(9, 8, ended=False)
 
 
 def test_a_page_request_is_checked() -> None:

@@ -69,6 +69,7 @@ class ReplicaStatus(_message.Message):
     ACTIVE_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
     STATS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     """The replica's id."""
     address: _builtins.str
@@ -83,6 +84,8 @@ class ReplicaStatus(_message.Message):
     """Slots in use."""
     lease_ms: _builtins.int
     """Milliseconds until its lease ends if it is not renewed."""
+    draining: _builtins.bool
+    """True when it gets no more jobs and gives back those it has: it leaves soon."""
     @_builtins.property
     def stats(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """The engine's own counters, such as denoising_steps and pages_used."""
@@ -98,10 +101,11 @@ class ReplicaStatus(_message.Message):
         active: _builtins.int = ...,
         lease_ms: _builtins.int = ...,
         stats: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "address", b"address", "lease_ms", b"lease_ms", "model", b"model", "model_version", b"model_version", "replica", b"replica", "slots", b"slots", "stats", b"stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "address", b"address", "draining", b"draining", "lease_ms", b"lease_ms", "model", b"model", "model_version", b"model_version", "replica", b"replica", "slots", b"slots", "stats", b"stats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -121,7 +125,7 @@ class ClusterStatus(_message.Message):
     ROUTERS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     slots: _builtins.int
-    """Slots of all replicas."""
+    """Slots of all replicas, draining ones included."""
     active: _builtins.int
     """Slots in use."""
     queued: _builtins.int
@@ -156,3 +160,47 @@ class ClusterStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClusterStatus: _TypeAlias = ClusterStatus  # noqa: Y015
+
+@_typing.final
+class DrainReplicaRequest(_message.Message):
+    """DrainReplicaRequest names a replica."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    replica: _builtins.str
+    """The replica's id, as GetStatus lists it."""
+    def __init__(
+        self,
+        *,
+        replica: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainReplicaRequest: _TypeAlias = DrainReplicaRequest  # noqa: Y015
+
+@_typing.final
+class DrainReplicaResponse(_message.Message):
+    """DrainReplicaResponse tells what was ordered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNNING_JOBS_FIELD_NUMBER: _builtins.int
+    running_jobs: _builtins.int
+    """Jobs that the replica runs at this moment, and that go on elsewhere."""
+    def __init__(
+        self,
+        *,
+        running_jobs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["running_jobs", b"running_jobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainReplicaResponse: _TypeAlias = DrainReplicaResponse  # noqa: Y015

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ClusterStub:
-    """Cluster answers questions about the cluster as a whole.
+    """Cluster answers questions about the cluster as a whole, and takes the orders of those who run it.
     """
 
     def __init__(self, channel):
@@ -40,14 +40,28 @@ class ClusterStub:
                 request_serializer=easel_dot_v1_dot_cluster__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=easel_dot_v1_dot_cluster__pb2.ClusterStatus.FromString,
                 _registered_method=True)
+        self.DrainReplica = channel.unary_unary(
+                '/easel.v1.Cluster/DrainReplica',
+                request_serializer=easel_dot_v1_dot_cluster__pb2.DrainReplicaRequest.SerializeToString,
+                response_deserializer=easel_dot_v1_dot_cluster__pb2.DrainReplicaResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
-    """Cluster answers questions about the cluster as a whole.
+    """Cluster answers questions about the cluster as a whole, and takes the orders of those who run it.
     """
 
     def GetStatus(self, request, context):
         """GetStatus reads replicas, slots and the queue, as Redis has them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainReplica(self, request, context):
+        """DrainReplica has a replica give back its jobs and leave. It gets no new job from this moment on; those that it runs
+        stop at the next denoising step and go on elsewhere from there. Returns at once: the replica has left when
+        GetStatus lists it no more. Safe to repeat; NOT_FOUND when no replica has this id, or it has left already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,6 +75,11 @@ def add_ClusterServicer_to_server(servicer, server):
                     request_deserializer=easel_dot_v1_dot_cluster__pb2.GetStatusRequest.FromString,
                     response_serializer=easel_dot_v1_dot_cluster__pb2.ClusterStatus.SerializeToString,
             ),
+            'DrainReplica': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainReplica,
+                    request_deserializer=easel_dot_v1_dot_cluster__pb2.DrainReplicaRequest.FromString,
+                    response_serializer=easel_dot_v1_dot_cluster__pb2.DrainReplicaResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'easel.v1.Cluster', rpc_method_handlers)
@@ -70,7 +89,7 @@ def add_ClusterServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Cluster:
-    """Cluster answers questions about the cluster as a whole.
+    """Cluster answers questions about the cluster as a whole, and takes the orders of those who run it.
     """
 
     @staticmethod
@@ -90,6 +109,33 @@ class Cluster:
             '/easel.v1.Cluster/GetStatus',
             easel_dot_v1_dot_cluster__pb2.GetStatusRequest.SerializeToString,
             easel_dot_v1_dot_cluster__pb2.ClusterStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainReplica(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/easel.v1.Cluster/DrainReplica',
+            easel_dot_v1_dot_cluster__pb2.DrainReplicaRequest.SerializeToString,
+            easel_dot_v1_dot_cluster__pb2.DrainReplicaResponse.FromString,
             options,
             channel_credentials,
             insecure,

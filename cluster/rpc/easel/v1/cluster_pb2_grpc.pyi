@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ClusterStub:
-    """Cluster answers questions about the cluster as a whole."""
+    """Cluster answers questions about the cluster as a whole, and takes the orders of those who run it."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -35,17 +35,27 @@ class ClusterStub:
     def __new__(cls, channel: _aio.Channel) -> ClusterAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetStatusRequest, _cluster_pb2.ClusterStatus]
     """GetStatus reads replicas, slots and the queue, as Redis has them."""
+    DrainReplica: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DrainReplicaRequest, _cluster_pb2.DrainReplicaResponse]
+    """DrainReplica has a replica give back its jobs and leave. It gets no new job from this moment on; those that it runs
+    stop at the next denoising step and go on elsewhere from there. Returns at once: the replica has left when
+    GetStatus lists it no more. Safe to repeat; NOT_FOUND when no replica has this id, or it has left already.
+    """
 
 @_typing.type_check_only
 class ClusterAsyncStub(ClusterStub):
-    """Cluster answers questions about the cluster as a whole."""
+    """Cluster answers questions about the cluster as a whole, and takes the orders of those who run it."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetStatusRequest, _cluster_pb2.ClusterStatus]  # type: ignore[assignment]
     """GetStatus reads replicas, slots and the queue, as Redis has them."""
+    DrainReplica: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainReplicaRequest, _cluster_pb2.DrainReplicaResponse]  # type: ignore[assignment]
+    """DrainReplica has a replica give back its jobs and leave. It gets no new job from this moment on; those that it runs
+    stop at the next denoising step and go on elsewhere from there. Returns at once: the replica has left when
+    GetStatus lists it no more. Safe to repeat; NOT_FOUND when no replica has this id, or it has left already.
+    """
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
-    """Cluster answers questions about the cluster as a whole."""
+    """Cluster answers questions about the cluster as a whole, and takes the orders of those who run it."""
 
     @_abc_1.abstractmethod
     def GetStatus(
@@ -54,5 +64,16 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.ClusterStatus, _abc.Awaitable[_cluster_pb2.ClusterStatus]]:
         """GetStatus reads replicas, slots and the queue, as Redis has them."""
+
+    @_abc_1.abstractmethod
+    def DrainReplica(
+        self,
+        request: _cluster_pb2.DrainReplicaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.DrainReplicaResponse, _abc.Awaitable[_cluster_pb2.DrainReplicaResponse]]:
+        """DrainReplica has a replica give back its jobs and leave. It gets no new job from this moment on; those that it runs
+        stop at the next denoising step and go on elsewhere from there. Returns at once: the replica has left when
+        GetStatus lists it no more. Safe to repeat; NOT_FOUND when no replica has this id, or it has left already.
+        """
 
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -29,6 +29,10 @@ class GenerationStub:
     """Generation runs one job and hands its answer back on the same call. A caller that goes away, cancels or reaches its
     deadline stops the job at the next denoising step. For jobs that outlive a connection use Jobs.
 
+    A router that goes does not take its jobs along: it ends the call with UNAVAILABLE and RetryInfo, or breaks it when it
+    is killed, and another router has the job finished. Ask any router again with the same request_id to join the job, or
+    read on after `accepted` with Jobs.Watch, from the last canvas_index seen plus 1: either way the answer is the same.
+
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
     UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel".
     """
@@ -54,6 +58,10 @@ class GenerationStub:
 class GenerationServicer:
     """Generation runs one job and hands its answer back on the same call. A caller that goes away, cancels or reaches its
     deadline stops the job at the next denoising step. For jobs that outlive a connection use Jobs.
+
+    A router that goes does not take its jobs along: it ends the call with UNAVAILABLE and RetryInfo, or breaks it when it
+    is killed, and another router has the job finished. Ask any router again with the same request_id to join the job, or
+    read on after `accepted` with Jobs.Watch, from the last canvas_index seen plus 1: either way the answer is the same.
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
     UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel".
@@ -97,6 +105,10 @@ def add_GenerationServicer_to_server(servicer, server):
 class Generation:
     """Generation runs one job and hands its answer back on the same call. A caller that goes away, cancels or reaches its
     deadline stops the job at the next denoising step. For jobs that outlive a connection use Jobs.
+
+    A router that goes does not take its jobs along: it ends the call with UNAVAILABLE and RetryInfo, or breaks it when it
+    is killed, and another router has the job finished. Ask any router again with the same request_id to join the job, or
+    read on after `accepted` with Jobs.Watch, from the last canvas_index seen plus 1: either way the answer is the same.
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
     UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel".

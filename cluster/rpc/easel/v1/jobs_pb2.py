@@ -26,31 +26,33 @@ from cluster.rpc.easel.v1 import generation_pb2 as easel_dot_v1_dot_generation__
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x65\x61sel/v1/jobs.proto\x12\x08\x65\x61sel.v1\x1a\x19\x65\x61sel/v1/generation.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"9\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xb2\x03\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12!\n\x05state\x18\x02 \x01(\x0e\x32\x12.easel.v1.JobState\x12$\n\x08priority\x18\x03 \x01(\x0e\x32\x12.easel.v1.Priority\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x11\n\ttoken_ids\x18\x06 \x03(\x05\x12-\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x16.easel.v1.FinishReason\x12\x1e\n\x05usage\x18\x08 \x01(\x0b\x32\x0f.easel.v1.Usage\x12!\n\x05\x65rror\x18\t \x01(\x0b\x32\x12.easel.v1.JobError\x12\x0f\n\x07replica\x18\n \x01(\t\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12.\n\ncreated_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x64\x65\x61\x64line_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\";\n\rSubmitRequest\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.easel.v1.GenerateRequest\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"F\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66rom_canvas\x18\x02 \x01(\x05\x12\x0e\n\x06\x64rafts\x18\x03 \x01(\x08\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"[\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12!\n\x05state\x18\x03 \x01(\x0e\x32\x12.easel.v1.JobState\"H\n\x10ListJobsResponse\x12\x1b\n\x04jobs\x18\x01 \x03(\x0b\x32\r.easel.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x9a\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x32\x9a\x02\n\x04Jobs\x12\x30\n\x06Submit\x12\x17.easel.v1.SubmitRequest\x1a\r.easel.v1.Job\x12-\n\x03Get\x12\x17.easel.v1.GetJobRequest\x1a\r.easel.v1.Job\x12=\n\x05Watch\x12\x19.easel.v1.WatchJobRequest\x1a\x17.easel.v1.GenerateEvent0\x01\x12\x33\n\x06\x43\x61ncel\x12\x1a.easel.v1.CancelJobRequest\x1a\r.easel.v1.Job\x12=\n\x04List\x12\x19.easel.v1.ListJobsRequest\x1a\x1a.easel.v1.ListJobsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x65\x61sel/v1/jobs.proto\x12\x08\x65\x61sel.v1\x1a\x19\x65\x61sel/v1/generation.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"9\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xab\x01\n\nJobAttempt\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12.\n\nstarted_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65poch\x18\x06 \x01(\x03\"\xe9\x03\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12!\n\x05state\x18\x02 \x01(\x0e\x32\x12.easel.v1.JobState\x12$\n\x08priority\x18\x03 \x01(\x0e\x32\x12.easel.v1.Priority\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x11\n\ttoken_ids\x18\x06 \x03(\x05\x12-\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x16.easel.v1.FinishReason\x12\x1e\n\x05usage\x18\x08 \x01(\x0b\x32\x0f.easel.v1.Usage\x12!\n\x05\x65rror\x18\t \x01(\x0b\x32\x12.easel.v1.JobError\x12\x0f\n\x07replica\x18\n \x01(\t\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12.\n\ncreated_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x64\x65\x61\x64line_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x07history\x18\x0f \x03(\x0b\x32\x14.easel.v1.JobAttempt\x12\x0e\n\x06losses\x18\x10 \x01(\x05\";\n\rSubmitRequest\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.easel.v1.GenerateRequest\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"F\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66rom_canvas\x18\x02 \x01(\x05\x12\x0e\n\x06\x64rafts\x18\x03 \x01(\x08\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"[\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12!\n\x05state\x18\x03 \x01(\x0e\x32\x12.easel.v1.JobState\"H\n\x10ListJobsResponse\x12\x1b\n\x04jobs\x18\x01 \x03(\x0b\x32\r.easel.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x9a\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x32\x9a\x02\n\x04Jobs\x12\x30\n\x06Submit\x12\x17.easel.v1.SubmitRequest\x1a\r.easel.v1.Job\x12-\n\x03Get\x12\x17.easel.v1.GetJobRequest\x1a\r.easel.v1.Job\x12=\n\x05Watch\x12\x19.easel.v1.WatchJobRequest\x1a\x17.easel.v1.GenerateEvent0\x01\x12\x33\n\x06\x43\x61ncel\x12\x1a.easel.v1.CancelJobRequest\x1a\r.easel.v1.Job\x12=\n\x04List\x12\x19.easel.v1.ListJobsRequest\x1a\x1a.easel.v1.ListJobsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'easel.v1.jobs_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOBSTATE']._serialized_start=959
-  _globals['_JOBSTATE']._serialized_end=1113
+  _globals['_JOBSTATE']._serialized_start=1188
+  _globals['_JOBSTATE']._serialized_end=1342
   _globals['_JOBERROR']._serialized_start=93
   _globals['_JOBERROR']._serialized_end=150
-  _globals['_JOB']._serialized_start=153
-  _globals['_JOB']._serialized_end=587
-  _globals['_SUBMITREQUEST']._serialized_start=589
-  _globals['_SUBMITREQUEST']._serialized_end=648
-  _globals['_GETJOBREQUEST']._serialized_start=650
-  _globals['_GETJOBREQUEST']._serialized_end=681
-  _globals['_WATCHJOBREQUEST']._serialized_start=683
-  _globals['_WATCHJOBREQUEST']._serialized_end=753
-  _globals['_CANCELJOBREQUEST']._serialized_start=755
-  _globals['_CANCELJOBREQUEST']._serialized_end=789
-  _globals['_LISTJOBSREQUEST']._serialized_start=791
-  _globals['_LISTJOBSREQUEST']._serialized_end=882
-  _globals['_LISTJOBSRESPONSE']._serialized_start=884
-  _globals['_LISTJOBSRESPONSE']._serialized_end=956
-  _globals['_JOBS']._serialized_start=1116
-  _globals['_JOBS']._serialized_end=1398
+  _globals['_JOBATTEMPT']._serialized_start=153
+  _globals['_JOBATTEMPT']._serialized_end=324
+  _globals['_JOB']._serialized_start=327
+  _globals['_JOB']._serialized_end=816
+  _globals['_SUBMITREQUEST']._serialized_start=818
+  _globals['_SUBMITREQUEST']._serialized_end=877
+  _globals['_GETJOBREQUEST']._serialized_start=879
+  _globals['_GETJOBREQUEST']._serialized_end=910
+  _globals['_WATCHJOBREQUEST']._serialized_start=912
+  _globals['_WATCHJOBREQUEST']._serialized_end=982
+  _globals['_CANCELJOBREQUEST']._serialized_start=984
+  _globals['_CANCELJOBREQUEST']._serialized_end=1018
+  _globals['_LISTJOBSREQUEST']._serialized_start=1020
+  _globals['_LISTJOBSREQUEST']._serialized_end=1111
+  _globals['_LISTJOBSRESPONSE']._serialized_start=1113
+  _globals['_LISTJOBSRESPONSE']._serialized_end=1185
+  _globals['_JOBS']._serialized_start=1345
+  _globals['_JOBS']._serialized_end=1627
 # @@protoc_insertion_point(module_scope)

@@ -69,7 +69,7 @@ class JobError(_message.Message):
     code: _builtins.int
     """A google.rpc.Code value."""
     reason: _builtins.str
-    """A stable word for programs, such as DEADLINE_EXCEEDED or ENGINE."""
+    """A stable word for programs, such as DEADLINE_EXCEEDED or ATTEMPTS_EXHAUSTED."""
     message: _builtins.str
     """One line for people."""
     def __init__(
@@ -86,6 +86,56 @@ class JobError(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobError: _TypeAlias = JobError  # noqa: Y015
+
+@_typing.final
+class JobAttempt(_message.Message):
+    """JobAttempt is a run of a job that ended before the job did: the job went back to the queue, to go on from its last
+    committed canvas, or from the denoising step at which the run was stopped.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    STARTED_AT_FIELD_NUMBER: _builtins.int
+    ENDED_AT_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    replica: _builtins.str
+    """The replica that ran it."""
+    reason: _builtins.str
+    """Why it ended, a stable word for programs: PREEMPTED, DRAINED or ROUTER_LOST, which no replica is to blame for, or
+    a loss: UNCLAIMED, ENGINE, STEP_HUNG, REPLICA_LOST, LEASE_EXPIRED or LOST_WRITES.
+    """
+    message: _builtins.str
+    """One line for people."""
+    epoch: _builtins.int
+    """Which attempt of the job it was: assignments are counted from 1."""
+    @_builtins.property
+    def started_at(self) -> _timestamp_pb2.Timestamp:
+        """When the job was assigned to the replica."""
+
+    @_builtins.property
+    def ended_at(self) -> _timestamp_pb2.Timestamp:
+        """When it went back to the queue."""
+
+    def __init__(
+        self,
+        *,
+        replica: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        started_at: _timestamp_pb2.Timestamp | None = ...,
+        ended_at: _timestamp_pb2.Timestamp | None = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "started_at", b"started_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "epoch", b"epoch", "message", b"message", "reason", b"reason", "replica", b"replica", "started_at", b"started_at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobAttempt: _TypeAlias = JobAttempt  # noqa: Y015
 
 @_typing.final
 class Job(_message.Message):
@@ -107,6 +157,8 @@ class Job(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     FINISHED_AT_FIELD_NUMBER: _builtins.int
     DEADLINE_AT_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
+    LOSSES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job's id."""
     state: Global___JobState.ValueType
@@ -123,6 +175,8 @@ class Job(_message.Message):
     """The replica that has or had it last; empty before the first assignment."""
     seed: _builtins.int
     """The seed in use."""
+    losses: _builtins.int
+    """Attempts lost in a row, since its last committed canvas: the cluster's limit of them fails the job."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens committed so far, without end-of-sequence and padding; left out by List."""
@@ -147,6 +201,12 @@ class Job(_message.Message):
     def deadline_at(self) -> _timestamp_pb2.Timestamp:
         """When it must be done, if it has a deadline."""
 
+    @_builtins.property
+    def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobAttempt]:
+        """Its last attempts that ended early, oldest first; left out by List. A job that failed with ATTEMPTS_EXHAUSTED shows
+        here what became of it.
+        """
+
     def __init__(
         self,
         *,
@@ -164,10 +224,12 @@ class Job(_message.Message):
         created_at: _timestamp_pb2.Timestamp | None = ...,
         finished_at: _timestamp_pb2.Timestamp | None = ...,
         deadline_at: _timestamp_pb2.Timestamp | None = ...,
+        history: _abc.Iterable[Global___JobAttempt] | None = ...,
+        losses: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "deadline_at", b"deadline_at", "error", b"error", "finished_at", b"finished_at", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "deadline_at", b"deadline_at", "error", b"error", "finish_reason", b"finish_reason", "finished_at", b"finished_at", "job_id", b"job_id", "priority", b"priority", "replica", b"replica", "seed", b"seed", "state", b"state", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "deadline_at", b"deadline_at", "error", b"error", "finish_reason", b"finish_reason", "finished_at", b"finished_at", "history", b"history", "job_id", b"job_id", "losses", b"losses", "priority", b"priority", "replica", b"replica", "seed", b"seed", "state", b"state", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -231,7 +293,9 @@ class WatchJobRequest(_message.Message):
     job_id: _builtins.str
     """The job's id."""
     from_canvas: _builtins.int
-    """Index of the first canvas to send: 0 for all."""
+    """Index of the first canvas to send: 0 for all. At most the number of canvases of a job that has ended, or that the
+    max_new_tokens of one that has not allow.
+    """
     drafts: _builtins.bool
     """Send the canvas in progress after every denoising step, where this router runs the job and it makes drafts."""
     def __init__(

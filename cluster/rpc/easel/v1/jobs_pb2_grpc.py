@@ -83,14 +83,16 @@ class JobsServicer:
 
     def Watch(self, request, context):
         """Watch streams a job's canvases from an offset, those already committed first, and ends with it. Leaving a watch
-        does not stop the job.
+        does not stop the job. A watch whose router goes ends UNAVAILABLE: ask any router again, from the last
+        canvas_index seen plus 1. An offset that the job cannot reach is INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Cancel stops a job at its next denoising step. A job that has ended already is returned as it is.
+        """Cancel stops a job at its next denoising step. Safe to repeat: a job that is CANCELLED already is returned as it
+        is. One that has SUCCEEDED or FAILED cannot be cancelled any more: FAILED_PRECONDITION, and the message says which.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

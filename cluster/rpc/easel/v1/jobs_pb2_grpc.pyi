@@ -40,10 +40,13 @@ class JobsStub:
     """Get reads a job as it stands."""
     Watch: _grpc.UnaryStreamMultiCallable[_jobs_pb2.WatchJobRequest, _generation_pb2.GenerateEvent]
     """Watch streams a job's canvases from an offset, those already committed first, and ends with it. Leaving a watch
-    does not stop the job.
+    does not stop the job. A watch whose router goes ends UNAVAILABLE: ask any router again, from the last
+    canvas_index seen plus 1. An offset that the job cannot reach is INVALID_ARGUMENT.
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CancelJobRequest, _jobs_pb2.Job]
-    """Cancel stops a job at its next denoising step. A job that has ended already is returned as it is."""
+    """Cancel stops a job at its next denoising step. Safe to repeat: a job that is CANCELLED already is returned as it
+    is. One that has SUCCEEDED or FAILED cannot be cancelled any more: FAILED_PRECONDITION, and the message says which.
+    """
     List: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]
     """List pages through jobs, newest first."""
 
@@ -58,10 +61,13 @@ class JobsAsyncStub(JobsStub):
     """Get reads a job as it stands."""
     Watch: _aio.UnaryStreamMultiCallable[_jobs_pb2.WatchJobRequest, _generation_pb2.GenerateEvent]  # type: ignore[assignment]
     """Watch streams a job's canvases from an offset, those already committed first, and ends with it. Leaving a watch
-    does not stop the job.
+    does not stop the job. A watch whose router goes ends UNAVAILABLE: ask any router again, from the last
+    canvas_index seen plus 1. An offset that the job cannot reach is INVALID_ARGUMENT.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CancelJobRequest, _jobs_pb2.Job]  # type: ignore[assignment]
-    """Cancel stops a job at its next denoising step. A job that has ended already is returned as it is."""
+    """Cancel stops a job at its next denoising step. Safe to repeat: a job that is CANCELLED already is returned as it
+    is. One that has SUCCEEDED or FAILED cannot be cancelled any more: FAILED_PRECONDITION, and the message says which.
+    """
     List: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]  # type: ignore[assignment]
     """List pages through jobs, newest first."""
 
@@ -91,7 +97,8 @@ class JobsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateEvent], _abc.AsyncIterator[_generation_pb2.GenerateEvent]]:
         """Watch streams a job's canvases from an offset, those already committed first, and ends with it. Leaving a watch
-        does not stop the job.
+        does not stop the job. A watch whose router goes ends UNAVAILABLE: ask any router again, from the last
+        canvas_index seen plus 1. An offset that the job cannot reach is INVALID_ARGUMENT.
         """
 
     @_abc_1.abstractmethod
@@ -100,7 +107,9 @@ class JobsServicer(metaclass=_abc_1.ABCMeta):
         request: _jobs_pb2.CancelJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.Job, _abc.Awaitable[_jobs_pb2.Job]]:
-        """Cancel stops a job at its next denoising step. A job that has ended already is returned as it is."""
+        """Cancel stops a job at its next denoising step. Safe to repeat: a job that is CANCELLED already is returned as it
+        is. One that has SUCCEEDED or FAILED cannot be cancelled any more: FAILED_PRECONDITION, and the message says which.
+        """
 
     @_abc_1.abstractmethod
     def List(
