@@ -24,13 +24,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import psutil
 
 from cluster.checkpoint import read_checkpoint
 from cluster.config import Settings, child_environment, load_values, overlay, parse_settings, state_dir
-from cluster.errors import StartupError
+from cluster.errors import ConfigError, EaselError, StartupError
 from cluster.redis_server import free_port
 
 Report = Callable[[str], None]
@@ -61,11 +61,16 @@ class UpOptions:
     engine: str | None = None
     dtype: str | None = None
     redis_url: str | None = None
+    routers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LocalCluster:
-    """A running local cluster. `pid` is its warden's, which began at `born_s` (so a reused pid is not taken for it)."""
+    """A running local cluster. `pid` is its warden's, which began at `born_s` (so a reused pid is not taken for it).
+
+    `address` is the routers', `ray_address` where `ray.init(address=...)` attaches; both are host:port. Ray guards a
+    cluster of this kind with a token in the user's home, which an attaching process reads with RAY_AUTH_MODE=token.
+    """
 
     pid: int
     born_s: float
@@ -75,6 +80,7 @@ class LocalCluster:
     checkpoint: str
     log_dir: str
     ray_dir: str
+    ray_address: str
 
 
 def up(options: UpOptions, report: Report) -> LocalCluster:
@@ -133,9 +139,10 @@ def record_path() -> Path:
 
 
 def record(cluster: LocalCluster) -> None:
-    """Write the record in one move, so that no reader sees half of it."""
+    """Write the record in one move, so that no reader sees half of it; a URL in it can hold a password."""
     path = record_path()
     temporary = path.with_suffix(".tmp")
+    temporary.touch(mode=0o600)
     temporary.write_text(json.dumps(asdict(cluster), indent=1))
     temporary.replace(path)
 
@@ -145,7 +152,7 @@ def _values(options: UpOptions) -> dict[str, Any]:
     given = {
         "checkpoint": options.checkpoint,
         "state": {"url": options.redis_url},
-        "router": {"port": options.port},
+        "router": {"port": options.port, "replicas": options.routers},
         "denoiser": {
             "replicas": options.replicas,
             "slots": options.slots,
@@ -164,6 +171,7 @@ def _values(options: UpOptions) -> dict[str, Any]:
 
 def _require_free(host: str, port: int) -> None:
     with socket.socket() as probe:
+        # Not SO_REUSEPORT, by which our own routers share the port: with it a foreign listener could go unseen.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -184,8 +192,8 @@ def _start_warden(home: Path, settings: Settings, own_redis: bool, report: Repor
     }
     with (log_dir / "cluster.log").open("ab") as log, os.fdopen(reports, encoding="utf-8") as lines:
         warden = subprocess.Popen(
-            [sys.executable, "-m", WARDEN_MODULE, json.dumps(arguments)],
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", WARDEN_MODULE],
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             pass_fds=(theirs,),
@@ -193,6 +201,7 @@ def _start_warden(home: Path, settings: Settings, own_redis: bool, report: Repor
             start_new_session=True,
         )
         os.close(theirs)
+        _tell(warden, arguments)
         # The warden bounds each part of its start; this bounds a warden that hangs outside of them.
         last_resort = threading.Timer(WARDEN_TIMEOUT_S, warden.kill)
         last_resort.start()
@@ -205,6 +214,13 @@ def _start_warden(home: Path, settings: Settings, own_redis: bool, report: Repor
             last_resort.cancel()
 
 
+def _tell(warden: subprocess.Popen[bytes], arguments: dict[str, object]) -> None:
+    """Through a pipe: everybody on the machine can read a command line, and the settings may hold a password."""
+    # A warden that is gone already is noticed by its reports.
+    with contextlib.suppress(BrokenPipeError), cast(IO[bytes], warden.stdin) as pipe:
+        pipe.write(json.dumps(arguments).encode())
+
+
 def _until_ready(warden: subprocess.Popen[bytes], lines: IO[str], log_dir: Path, report: Report) -> LocalCluster:
     """Pass the warden's reports on until it is ready."""
     for line in lines:
@@ -212,10 +228,15 @@ def _until_ready(warden: subprocess.Popen[bytes], lines: IO[str], log_dir: Path,
         if "ready" in message:
             return LocalCluster(**message["ready"])
         if "error" in message:
-            raise StartupError(f"{message['error']}")
+            raise _as_error(str(message["error"]), message.get("reason"))
         report(message["say"])
     code = warden.wait(KILL_TIMEOUT_S)
     raise StartupError(f"the cluster ended while starting (exit {code}); see {log_dir / 'cluster.log'}")
+
+
+def _as_error(text: str, reason: object) -> EaselError:
+    """The error that the warden reported: a wrong setting stays one, so that the command's exit code says so."""
+    return ConfigError(text) if reason == ConfigError.reason else StartupError(text)
 
 
 def _stop_unready(warden: subprocess.Popen[bytes]) -> None:

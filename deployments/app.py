@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from cluster.checkpoint import read_checkpoint
 from cluster.config import DenoiserSettings, Settings, parse_settings
 from deployments.engine.api import Engine
 from deployments.replica import Replica
-from deployments.router import Router
+from deployments.router import LEAVING_S, Router
 from deployments.tokenizer import Tokenizer
 
 HEALTH_PERIOD_S = 1.0
@@ -66,6 +68,7 @@ class DenoiserDeployment:
             advertised_host=_reachable(settings.denoiser.host),
         )
         await self._replica.start()
+        _at_exit(self._replica.drain, loop, _denoiser_leaves_within_s(settings))
 
     async def check_health(self) -> None:
         """Serve's question every HEALTH_PERIOD_S; an error has the replica replaced."""
@@ -87,6 +90,7 @@ class RouterDeployment:
         _log_to(settings)
         self._router = Router(settings, name=_own_name("router"))
         self.port = await self._router.start()
+        _at_exit(self._router.close, asyncio.get_running_loop(), _router_leaves_within_s(settings))
 
     async def __del__(self) -> None:
         await self._router.close()
@@ -103,7 +107,7 @@ def build(values: Mapping[str, Any]) -> serve.Application:
         ray_actor_options=_actor_options(settings.denoiser),
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
-        graceful_shutdown_timeout_s=2 * settings.denoiser.drain_timeout_s + CLOSE_SLACK_S,
+        graceful_shutdown_timeout_s=_denoiser_leaves_within_s(settings),
     )
     router: serve.Deployment = serve.deployment(  # type: ignore[assignment]
         RouterDeployment,
@@ -112,9 +116,32 @@ def build(values: Mapping[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": settings.router.num_cpus},
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
-        graceful_shutdown_timeout_s=settings.router.drain_timeout_s + CLOSE_SLACK_S,
+        graceful_shutdown_timeout_s=_router_leaves_within_s(settings),
     )
     return router.bind(plain, denoiser.bind(plain))
+
+
+def _denoiser_leaves_within_s(settings: Settings) -> float:
+    """What a drain takes at most: giving jobs back, and leaving the slot table."""
+    return 2 * settings.denoiser.drain_timeout_s + CLOSE_SLACK_S
+
+
+def _router_leaves_within_s(settings: Settings) -> float:
+    return settings.router.drain_timeout_s + LEAVING_S + CLOSE_SLACK_S
+
+
+def _at_exit(leave: Callable[[], Coroutine[Any, Any, None]], loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
+    """Have a process that gets SIGTERM leave in order.
+
+    Ray answers the signal by ending the process, and Serve hears of it too late to call `__del__`. User code runs
+    beside the main thread and can handle no signal, but its loop still runs while Python exits.
+    """
+
+    def at_exit() -> None:
+        if loop.is_running():
+            wait((asyncio.run_coroutine_threadsafe(leave(), loop),), timeout=timeout_s)
+
+    atexit.register(at_exit)
 
 
 def _actor_options(denoiser: DenoiserSettings) -> dict[str, float]:

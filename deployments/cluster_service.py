@@ -1,4 +1,4 @@
-"""The Cluster service: replicas, slots and the queue, for people and dashboards."""
+"""The Cluster service: replicas, slots and the queue, for people and dashboards, and the order to drain a replica."""
 
 from __future__ import annotations
 
@@ -35,3 +35,11 @@ class ClusterService(pb_grpc.ClusterServicer):
             routers=view.routers,
             version=self._version,
         )
+
+    async def DrainReplica(  # noqa: N802
+        self,
+        request: pb.DrainReplicaRequest,
+        context: grpc.aio.ServicerContext[pb.DrainReplicaRequest, pb.DrainReplicaResponse],
+    ) -> pb.DrainReplicaResponse:
+        """See cluster.proto. The order is in Redis before the answer; the replica hears of it from there."""
+        return pb.DrainReplicaResponse(running_jobs=await self._store.drain_replica(request.replica))

@@ -1,73 +1,94 @@
-"""A Denoiser replica: runs assigned jobs on its engine, and commits every canvas before it tells anybody."""
+"""The internal gRPC service of a replica: the runs on its engine, and how they go on elsewhere when it cannot."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 
 import grpc
 
-from cluster.core import Canvas, Draft, FinishReason, Usage
-from cluster.errors import EaselError, EngineError, JobCancelled, StaleEpoch, TransitionError, Unavailable
-from cluster.jobs.records import AssignedJob, JobFailure
+from cluster.config import Settings
+from cluster.errors import (
+    DeadlineExceeded,
+    EaselError,
+    EngineError,
+    JobCancelled,
+    JobReleased,
+    StaleEpoch,
+    TransitionError,
+    Unavailable,
+)
+from cluster.jobs.records import AssignedJob
+from cluster.jobs.states import AttemptEnd
 from cluster.jobs.store import JobStore
 from cluster.rpc import convert
 from cluster.rpc.easel.internal.v1 import denoiser_pb2 as pb
 from cluster.rpc.easel.internal.v1 import denoiser_pb2_grpc as pb_grpc
-from deployments.answer import Answer
-from deployments.attempt import Attempt, attempt_key
-from deployments.endings import failure_of
-from deployments.engine.api import Commit, Engine, EngineJob, Progress, StepReport
-from deployments.step_loop import StepLoop
-from deployments.watch import stored_canvases
+from deployments.attempt import Attempt, Release, Workshop, attempt_key
+from deployments.engine.api import Engine, StepReport
+from deployments.membership import Membership
+from deployments.step_loop import Checkpoints, StepLoop
+from deployments.watchdog import StepWatchdog
+from deployments.writing import persist
 
 logger = logging.getLogger(__name__)
 
-Written = TypeVar("Written")
-
-COMMIT_PATIENCE_S = 5.0
-COMMIT_RETRY_S = 0.1
 CLAIM_PATIENCE_S = 5.0
+# Leaving the slot table is one call to Redis; it gets this much even where draining gets no time.
+LEAVE_PATIENCE_S = 2.0
 # The router's clock rings for the same deadline, and its reset can be here a moment before our own.
 DEADLINE_SLACK_S = 0.05
 
 
 class Denoiser(pb_grpc.DenoiserServicer):
-    """The internal gRPC service of a replica, and the owner of its engine and step loop.
+    """Owns the step loop, the runs on it, and the replica's leave: drained, or at once when the engine is lost.
 
-    Invariant: a canvas leaves this class only after Redis holds it under this run's epoch.
+    A run outlives the stream that brought it; see deployments/attempt.py.
     """
 
-    def __init__(self, engine: Engine, store: JobStore, decode: Callable[[Sequence[int]], str], *, name: str) -> None:
-        self.name = name
-        self._engine = engine
-        self._store = store
-        self._decode = decode
+    def __init__(
+        self,
+        engine: Engine,
+        store: JobStore,
+        decode: Callable[[Sequence[int]], str],
+        *,
+        membership: Membership,
+        settings: Settings,
+    ) -> None:
+        self._name = membership.name
+        self._membership = membership
+        self._settings = settings
         self._attempts: dict[str, Attempt] = {}
         self._unclaimed: dict[str, float] = {}
-        self._endings: set[asyncio.Task[None]] = set()
+        self._preempted: frozenset[str] = frozenset()
+        self._turning_away = False
+        self._failure: EngineError | None = None
+        self._beside: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
-        self._steps = StepLoop(engine, on_report=self._from_thread, on_failure=self._failed_in_thread)
+        self._steps = StepLoop(
+            engine,
+            on_report=lambda *made: self._from_thread(self._deliver, *made),
+            on_failure=lambda failure: self._from_thread(self._lose, AttemptEnd.ENGINE, failure),
+            checkpoint_every_steps=settings.denoiser.checkpoint_every_steps,
+        )
+        self._shop = Workshop(self._steps, store, engine.card, decode, settings.state.outage_patience_s)
+        self._watchdog = StepWatchdog(
+            lambda: self._steps.busy_s, timeout_s=settings.denoiser.step_timeout_s, on_hung=self._hung
+        )
         self._steps.begin()
+        self._watchdog.begin()
 
     @property
     def failure(self) -> EngineError | None:
-        """Why the engine is broken, or None while it works."""
-        return self._steps.failure
+        """Why the engine is broken or given up, or None while it works."""
+        return self._failure
 
-    async def close(self, timeout_s: float) -> None:
-        """Stop every run, let the last writes out, and end the engine; at most about twice `timeout_s`."""
-        for attempt in list(self._attempts.values()):
-            attempt.events.put_nowait(Unavailable("the replica is shutting down", retry_after_ms=1000))
-        try:
-            await self._loop.run_in_executor(None, self._steps.close, timeout_s)
-        finally:
-            # After the engine: the runs told above write their endings while it finishes its step.
-            if self._endings:
-                await asyncio.wait(self._endings, timeout=timeout_s)
+    def running(self) -> frozenset[str]:
+        """Keys of the runs at this moment, for `reconcile`."""
+        return frozenset(self._attempts)
 
     def ended(self, job_id: str, how: str) -> None:
         """Redis says that this job was cancelled, or failed by its router: it stops before the next denoising step."""
@@ -75,215 +96,168 @@ class Denoiser(pb_grpc.DenoiserServicer):
         if how == "failed":
             error = TransitionError(f"job {job_id} was ended by its router")
         for attempt in self._attempts.values():
-            if attempt.spec.job_id == job_id:
-                attempt.events.put_nowait(error)
+            if attempt.assignment.job_id == job_id:
+                attempt.stop(error)
+
+    def reaped(self, job: AssignedJob) -> None:
+        """Its router has put this job back into the queue."""
+        attempt = self._attempts.get(attempt_key(job))
+        if attempt is not None:
+            attempt.stop(StaleEpoch(f"job {job.job_id} was taken from {self._name}"))
+
+    def preempt(self, job: AssignedJob) -> None:
+        """A more urgent job needs this one's slot: it goes at the next step, or as soon as its router brings it."""
+        key = attempt_key(job)
+        self._preempted |= {key}
+        if key in self._attempts:
+            self._attempts[key].release(Release(AttemptEnd.PREEMPTED, "a more urgent job took its slot"))
 
     def reconcile(self, assigned: Sequence[AssignedJob], known: frozenset[str]) -> None:
         """Stop runs, out of those `known` when the heartbeat left, that Redis no longer assigns to this replica."""
-        wanted = {attempt_key(job) for job in assigned}
-        for key in known - wanted:
+        for key in known - {attempt_key(job) for job in assigned}:
             attempt = self._attempts.get(key)
             if attempt is not None:
-                attempt.events.put_nowait(StaleEpoch(f"job {attempt.spec.job_id} is no longer assigned to {self.name}"))
+                attempt.stop(StaleEpoch(f"job {attempt.assignment.job_id} is no longer assigned to {self._name}"))
+        self._preempted = frozenset()
+        for job in assigned:
+            if job.preempt:
+                self.preempt(job)
 
     def disown(self, assigned: Sequence[AssignedJob]) -> None:
-        """Fail jobs that hold a slot here but that no router has brought within CLAIM_PATIENCE_S.
+        """Give back jobs that hold a slot here but that no router has brought within CLAIM_PATIENCE_S.
 
         Their router died between the assignment and its call; without this they would hold their slots for good.
         """
         now_s = self._loop.time()
         missing = {attempt_key(job): job for job in assigned if attempt_key(job) not in self._attempts}
         self._unclaimed = {key: self._unclaimed.get(key, now_s) for key in missing}
+        release = Release(AttemptEnd.UNCLAIMED, "its router never brought it to the replica", hand_over=True)
         for key, since_s in self._unclaimed.items():
             if now_s - since_s > CLAIM_PATIENCE_S:
-                self._write_ending(missing[key], _router_lost("its router never brought it to the replica"))
+                self._run_beside(self._give_back(missing[key], release))
 
-    def running(self) -> frozenset[str]:
-        """Keys of the runs at this moment, for `reconcile`."""
-        return frozenset(self._attempts)
+    async def drain(self, message: str, timeout_s: float) -> None:
+        """Take no more jobs, give back all with their checkpoints, within the bound, and leave the slot table."""
+        self._turning_away = True
+        for attempt in self._attempts.values():
+            attempt.release(Release(AttemptEnd.DRAINED, message))
+        runs = [attempt.task for attempt in self._attempts.values()]
+        if runs:
+            await asyncio.wait(runs, timeout=timeout_s)
+        await self._leave(AttemptEnd.DRAINED, message, max(timeout_s, LEAVE_PATIENCE_S))
+
+    async def close(self, timeout_s: float) -> None:
+        """End what is left and the engine; at most about twice `timeout_s`. Raises EngineError when a step hangs."""
+        self._turning_away = True
+        await self._watchdog.close()
+        left = {*(attempt.task for attempt in self._attempts.values()), *self._beside}
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=timeout_s)
+        await self._loop.run_in_executor(None, self._steps.close, timeout_s)
 
     async def Run(  # noqa: N802 - named by the proto
         self, request: pb.RunRequest, context: grpc.aio.ServicerContext[pb.RunRequest, pb.RunEvent]
     ) -> AsyncIterator[pb.RunEvent]:
-        """Denoise an assigned job; see denoiser.proto."""
-        attempt, committed = await self._begin(request)
+        """Denoise an assigned job; see denoiser.proto. A stream that breaks has the job given back."""
+        attempt = await self._begin(request)
         try:
-            async with aclosing(self._denoise(attempt, committed)) as events:
+            async with aclosing(attempt.outbox.read()) as events:
                 async for event in events:
                     yield event
-        except (JobCancelled, StaleEpoch, TransitionError):
-            raise  # Redis has moved on already: there is nothing to write
-        except EaselError as error:
-            self._write_ending(attempt.assignment, failure_of(error))
-            raise
+            await attempt.result()
         except (asyncio.CancelledError, GeneratorExit):
-            self._write_ending(attempt.assignment, _left_by_caller(context))
+            attempt.outbox.leave()
+            if _at_deadline(context):
+                attempt.fail(DeadlineExceeded("the deadline passed"))
+            else:
+                attempt.release(Release(AttemptEnd.ROUTER_LOST, "the router's stream broke", hand_over=True))
             raise
-        finally:
-            self._attempts.pop(attempt.key, None)
-            self._steps.stop(attempt.key)
 
-    async def _begin(self, request: pb.RunRequest) -> tuple[Attempt, list[Canvas]]:
+    async def _begin(self, request: pb.RunRequest) -> Attempt:
         spec = convert.job_spec_from_proto(request.spec)
-        card = self._engine.card
-        answer = Answer(
-            self._decode,
-            max_new_tokens=spec.sampling.max_new_tokens,
-            eos_token_ids=card.eos_token_ids,
-            stop=spec.stop,
-        )
-        committed: list[Canvas] = []
-        if request.committed_canvases:
-            committed = await stored_canvases(self._store, spec.job_id)
-        attempt = Attempt(spec, request.epoch, answer, request.drafts)
-        self._attempts[attempt.key] = attempt
-        return attempt, committed
+        job = AssignedJob(spec.job_id, request.epoch)
+        key = attempt_key(job)
+        if key in self._attempts:
+            raise TransitionError(f"job {job.job_id} runs already on {self._name} under epoch {job.epoch}")
+        if self._turning_away:
+            await self._turn_away(job)
+        attempt = self._attempts[key] = Attempt(self._shop, spec, request)
+        attempt.task.add_done_callback(lambda done: self._over(key, done))
+        if key in self._preempted:
+            self.preempt(job)
+        return attempt
 
-    async def _denoise(self, attempt: Attempt, committed: list[Canvas]) -> AsyncGenerator[pb.RunEvent, None]:
-        for canvas in committed:
-            finish = attempt.answer.add(canvas.raw_tokens).finish
-            if finish is not None:  # the attempt before this one died between its last commit and its finish
-                usage = await self._store.finish(attempt.spec.job_id, attempt.epoch, finish)
-                yield pb.RunEvent(finished=_finished(finish, usage))
-                return
-        self._start_engine(attempt, committed)
-        while True:
-            item = await attempt.events.get()
-            if isinstance(item, EaselError):
-                raise item
-            if isinstance(item, Progress):
-                yield pb.RunEvent(draft=self._draft(item))
-                continue
-            canvas, ending, usage = await self._commit(attempt, item)
-            event = pb.RunEvent(committed=convert.canvas_to_proto(canvas))
-            if ending is not None:
-                event.finished.CopyFrom(_finished(ending, usage))
-            yield event
-            if ending is not None:
-                return
+    async def _turn_away(self, job: AssignedJob) -> NoReturn:
+        """Redis assigned it a moment before it knew that this replica goes."""
+        message = f"replica {self._name} takes no more jobs"
+        release = self._shop.store.release
+        await persist(lambda: release(job.job_id, job.epoch, AttemptEnd.DRAINED, message), self._shop.patience_s)
+        raise JobReleased(f"job {job.job_id}: {message}")
 
-    def _start_engine(self, attempt: Attempt, committed: list[Canvas]) -> None:
-        job = EngineJob(
-            job_id=attempt.key,
-            prompt_tokens=attempt.spec.prompt_tokens,
-            sampling=attempt.spec.sampling,
-            committed=tuple(canvas.raw_tokens for canvas in committed),
-            wants_drafts=attempt.wants_drafts,
-        )
-        future = asyncio.wrap_future(self._steps.start(job))
-        future.add_done_callback(lambda done: self._started(attempt, done))
-
-    @staticmethod
-    def _started(attempt: Attempt, done: asyncio.Future[None]) -> None:
+    def _over(self, key: str, done: asyncio.Task[None]) -> None:
+        del self._attempts[key]
         error = None if done.cancelled() else done.exception()
         if isinstance(error, EaselError):
-            attempt.events.put_nowait(error)
+            logger.info("run %s ended: %s", key, error)
         elif error is not None:
-            attempt.events.put_nowait(EngineError(f"the engine refused job {attempt.spec.job_id}: {error}"))
+            logger.error("run %s: an unexpected error; the job is given back as unclaimed", key, exc_info=error)
 
-    async def _commit(self, attempt: Attempt, commit: Commit) -> tuple[Canvas, FinishReason | None, Usage | None]:
-        piece = attempt.answer.add(commit.tokens)
-        canvas = Canvas(
-            index=commit.canvas_index,
-            raw_tokens=commit.tokens,
-            tokens=piece.tokens,
-            text=piece.text,
-            denoising_steps=commit.denoising_steps,
-            mean_entropy=commit.mean_entropy,
-        )
-        if commit.last and piece.finish is None:
-            raise EngineError(f"the engine ended job {attempt.spec.job_id} before its answer was whole")
-        data = convert.canvas_to_proto(canvas).SerializeToString()
+    def _from_thread(self, call: Callable[..., None], *arguments: object) -> None:
+        self._loop.call_soon_threadsafe(call, *arguments)
 
-        async def write() -> Usage | None:
-            return await self._store.commit(
-                attempt.spec.job_id,
-                attempt.epoch,
-                canvas.index,
-                data,
-                tokens=len(canvas.tokens),
-                denoising_steps=canvas.denoising_steps,
-                finish=piece.finish,
-            )
-
-        usage = await _persist(write)
-        return canvas, piece.finish, usage
-
-    def _draft(self, progress: Progress) -> pb.DraftCanvas:
-        ends = self._engine.card.eos_token_ids
-        tokens = list(progress.draft_tokens)
-        end = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
-        return convert.draft_to_proto(
-            Draft(
-                canvas_index=progress.canvas_index,
-                step=progress.step,
-                text=self._decode(tokens[:end]),
-                mean_entropy=progress.mean_entropy,
-                accepted_tokens=progress.accepted_tokens,
-            )
-        )
-
-    def _from_thread(self, report: StepReport) -> None:
-        self._loop.call_soon_threadsafe(self._deliver, report)
-
-    def _deliver(self, report: StepReport) -> None:
+    def _deliver(self, report: StepReport, checkpoints: Checkpoints) -> None:
         for progress in report.progress:
-            attempt = self._attempts.get(progress.job_id)
-            if attempt is not None and attempt.wants_drafts:
-                attempt.events.put_nowait(progress)
+            if progress.job_id in self._attempts:
+                self._attempts[progress.job_id].progressed(progress)
         for commit in report.commits:
-            attempt = self._attempts.get(commit.job_id)
-            if attempt is not None:
-                attempt.events.put_nowait(commit)
+            if commit.job_id in self._attempts:
+                self._attempts[commit.job_id].committed(commit)
+        for key, checkpoint in checkpoints.items():
+            if key in self._attempts:
+                self._attempts[key].checkpointed(checkpoint)
 
-    def _failed_in_thread(self, failure: EngineError) -> None:
-        self._loop.call_soon_threadsafe(self._fail_all, failure)
+    def _hung(self, busy_s: float) -> None:
+        limit_s = self._settings.denoiser.step_timeout_s
+        failure = EngineError(f"a denoising step has run for {busy_s:.1f} s; denoiser.step_timeout_s is {limit_s}")
+        self._steps.abandon(failure)
+        self._lose(AttemptEnd.STEP_HUNG, failure)
 
-    def _fail_all(self, failure: EngineError) -> None:
-        logger.error("replica %s: %s", self.name, failure, exc_info=failure.__cause__)
+    def _lose(self, end: AttemptEnd, failure: EngineError) -> None:
+        """The engine is gone: leave at once, with all jobs."""
+        if self._failure is None:
+            self._failure, self._turning_away = failure, True
+            logger.error("replica %s: %s", self._name, failure, exc_info=failure.__cause__)
+            self._run_beside(self._leave(end, str(failure), self._shop.patience_s))
+
+    async def _leave(self, end: AttemptEnd, message: str, patience_s: float) -> None:
+        """Leave the slot table, then end the runs that are left: their jobs are in the queue again."""
+        told: EaselError = JobReleased(f"the replica left: {message}")
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._membership.leave(end, message, patience_s)
+        except (EaselError, TimeoutError) as error:
+            logger.warning("replica %s is left to its lease: %s", self._name, error)
+            told = Unavailable(f"the replica left: {message}", retry_after_ms=1000)
         for attempt in self._attempts.values():
-            attempt.events.put_nowait(failure)
+            attempt.stop(told)
 
-    def _write_ending(self, job: AssignedJob, failure: JobFailure) -> None:
-        """Write why a run ended, beside the stream: it may be cancelled at any await, and the slot must be freed."""
-        task = self._loop.create_task(self._fail(job, failure))
-        self._endings.add(task)
-        task.add_done_callback(self._endings.discard)
+    def _run_beside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
 
-    async def _fail(self, job: AssignedJob, failure: JobFailure) -> None:
+    async def _give_back(self, job: AssignedJob, release: Release) -> None:
+        store, hand_over = self._shop.store, release.hand_over
         try:
-            await _persist(lambda: self._store.fail(job.job_id, failure, epoch=job.epoch))
+            await store.release(job.job_id, job.epoch, release.end, release.message, hand_over=hand_over)
         except TransitionError:
-            pass  # the router wrote the ending first
+            pass  # Redis has moved on
         except EaselError as error:
-            logger.warning("job %s: its failure could not be written: %s", job.job_id, error)
+            logger.warning("job %s could not be given back, and is tried again: %s", job.job_id, error)
 
 
-async def _persist(write: Callable[[], Coroutine[Any, Any, Written]]) -> Written:
-    """Repeat an idempotent write while Redis is away, within COMMIT_PATIENCE_S."""
-    loop = asyncio.get_running_loop()
-    give_up_s = loop.time() + COMMIT_PATIENCE_S
-    while True:
-        try:
-            return await write()
-        except Unavailable:
-            if loop.time() + COMMIT_RETRY_S >= give_up_s:
-                raise
-            await asyncio.sleep(COMMIT_RETRY_S)
-
-
-def _finished(reason: FinishReason, usage: Usage | None) -> pb.FinishedJob:
-    took = None if usage is None else convert.usage_to_proto(usage)
-    return pb.FinishedJob(finish_reason=reason.value, usage=took)
-
-
-def _left_by_caller(context: grpc.aio.ServicerContext[pb.RunRequest, pb.RunEvent]) -> JobFailure:
+def _at_deadline(context: grpc.aio.ServicerContext[pb.RunRequest, pb.RunEvent]) -> bool:
     remaining_s = context.time_remaining()
-    if remaining_s is not None and remaining_s <= DEADLINE_SLACK_S:
-        code = grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
-        return JobFailure(code=code, reason="DEADLINE_EXCEEDED", message="the deadline passed")
-    return _router_lost("the router's stream broke")
-
-
-def _router_lost(message: str) -> JobFailure:
-    return JobFailure(code=grpc.StatusCode.UNAVAILABLE.value[0], reason="ROUTER_LOST", message=message)
+    return remaining_s is not None and remaining_s <= DEADLINE_SLACK_S

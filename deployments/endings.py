@@ -12,7 +12,6 @@ from cluster.rpc.easel.v1 import generation_pb2 as v1
 
 _BY_CODE: dict[int, type[EaselError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED.value[0]: DeadlineExceeded,
-    grpc.StatusCode.UNAVAILABLE.value[0]: Unavailable,
     grpc.StatusCode.INTERNAL.value[0]: EngineError,
 }
 

@@ -14,8 +14,9 @@ MAX_DRAFTS_BEHIND = 64
 class Feed:
     """The events of one job: every committed canvas from the start, drafts as they come, and how it ended.
 
-    Invariant: a reader gets each canvas from its offset on once, in order, then the end. Drafts may be dropped for a
-    reader that is slow; canvases never are, and there are at most max_context_tokens / canvas_tokens of them.
+    Invariant: a reader gets each canvas from its offset on once, in order, then the end, however often the job moves.
+    Drafts may be dropped for a reader that is slow; canvases never are, and there are at most max_context_tokens /
+    canvas_tokens of them.
     """
 
     def __init__(self) -> None:
@@ -29,9 +30,19 @@ class Feed:
         """True once the job's end is known."""
         return self._end is not None
 
+    @property
+    def next_canvas(self) -> int:
+        """Index of the first canvas that is not here yet."""
+        return len(self._canvases)
+
     def publish(self, event: v1.GenerateEvent) -> None:
-        """Hand an event to every reader; `finished` must come through `end`."""
+        """Hand an event to every reader; `finished` must come through `end`.
+
+        A canvas that is here already is dropped: it came before, from Redis or from an earlier run.
+        """
         if event.HasField("committed"):
+            if event.committed.canvas_index < self.next_canvas:
+                return
             self._canvases.append(event)
         for reader in self._readers:
             if event.HasField("draft") and reader.qsize() >= MAX_DRAFTS_BEHIND:

@@ -9,14 +9,16 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
 from cluster.core import JobSpec, ModelCard
+from cluster.errors import EaselError
 from cluster.jobs.doorbell import Doorbell
 from cluster.jobs.records import NewJob
 from cluster.jobs.store import JobStore
 from cluster.rpc import convert
 from cluster.rpc.easel.v1 import generation_pb2 as v1
 from cluster.rpc.requests import ParsedRequest, parse_generate
+from deployments.charge import Submission
 from deployments.feed import Feed
-from deployments.supervisor import Submission, Supervisor
+from deployments.supervisor import Supervisor, leaving_error
 from deployments.tokenizer import Tokenizer
 from deployments.watch import watch_stored
 
@@ -82,12 +84,14 @@ class Intake:
 
     async def _admit(self, request: v1.GenerateRequest, deadline_s: float | None, drafts: bool) -> Ticket:
         parsed = await self._parsed(request, deadline_s)
+        wanted = replace(parsed.spec, wants_drafts=drafts and parsed.spec.wants_drafts)
+        parsed = replace(parsed, spec=wanted)
         created, placement = await self._store.submit(self._new_job(parsed))
         if not created:
             record = await self._store.get(parsed.job_id)
             spec = replace(parsed.spec, sampling=replace(parsed.spec.sampling, seed=record.seed))
             return Ticket(spec, self._supervisor.feed(parsed.job_id), joined=True)
-        submission = Submission(parsed.spec, _deadline(parsed.timeout_ms), drafts and parsed.wants_drafts)
+        submission = Submission(parsed.spec, _deadline(parsed.timeout_ms))
         feed = self._supervisor.begin(submission, placement)
         return Ticket(parsed.spec, feed, joined=False, deadline_s=submission.deadline_s)
 
@@ -97,7 +101,11 @@ class Intake:
         """A job's events: from this router's own feed, or else from Redis."""
         if feed is not None:
             return feed.read(from_canvas=from_canvas, drafts=drafts)
-        return watch_stored(self._store, self._doorbell, job_id, from_canvas)
+
+        def interrupted() -> EaselError | None:
+            return leaving_error(self._name, job_id) if self._supervisor.leaving else None
+
+        return watch_stored(self._store, self._doorbell, job_id, from_canvas, interrupted=interrupted)
 
     async def _parsed(self, request: v1.GenerateRequest, deadline_s: float | None) -> ParsedRequest:
         """Check a request; a long text beside the loop, so that its tokenizer does not hold up everybody's calls."""

@@ -8,14 +8,16 @@ from contextlib import aclosing
 import grpc
 
 from cluster.core import Canvas
-from cluster.jobs.records import JobRecord
+from cluster.errors import TransitionError
+from cluster.jobs.records import JobAttempt, JobRecord
 from cluster.jobs.states import JobState
 from cluster.jobs.store import JobStore
 from cluster.rpc import convert
+from cluster.rpc.easel.internal.v1 import denoiser_pb2
 from cluster.rpc.easel.v1 import generation_pb2 as v1
 from cluster.rpc.easel.v1 import jobs_pb2 as jobs
 from cluster.rpc.easel.v1 import jobs_pb2_grpc as jobs_grpc
-from cluster.rpc.requests import check_from_canvas, check_job_id, parse_list, under
+from cluster.rpc.requests import check_from_canvas, check_job_id, check_within_job, parse_list, under
 from deployments.intake import Intake
 from deployments.supervisor import Supervisor
 from deployments.watch import stored_canvases
@@ -56,6 +58,7 @@ class JobService(jobs_grpc.JobsServicer):
         check_job_id(request.job_id)
         check_from_canvas(request.from_canvas)
         record = await self._store.get(request.job_id)
+        self._check_offset(record, request.from_canvas)
         yield convert.accepted_event(
             record.job_id, record.prompt_tokens, self._intake.card.name, record.seed, joined=True
         )
@@ -72,7 +75,10 @@ class JobService(jobs_grpc.JobsServicer):
     ) -> jobs.Job:
         """See jobs.proto."""
         check_job_id(request.job_id)
-        return _job(await self._store.cancel(request.job_id))
+        record = await self._store.cancel(request.job_id)
+        if record.state is not JobState.CANCELLED:
+            raise TransitionError(f"job {record.job_id} cannot be cancelled: it has {record.state} already")
+        return _job(record)
 
     async def List(  # noqa: N802
         self,
@@ -84,6 +90,25 @@ class JobService(jobs_grpc.JobsServicer):
         state = None if query.state is None else JobState(query.state)
         page = await self._store.list(page_size=query.page_size, page_token=query.page_token, state=state)
         return jobs.ListJobsResponse(jobs=[_job(record) for record in page.jobs], next_page_token=page.next_token)
+
+    def _check_offset(self, record: JobRecord, from_canvas: int) -> None:
+        """Raises InvalidRequest for an offset that the job will never reach: its reader would wait for nothing."""
+        canvases = record.canvases
+        if not record.state.terminal:
+            spec = denoiser_pb2.JobSpec.FromString(record.spec)
+            canvases = max(canvases, self._intake.card.canvases_for(spec.sampling.max_new_tokens))
+        check_within_job(from_canvas, canvases, ended=record.state.terminal)
+
+
+def _attempt(attempt: JobAttempt) -> jobs.JobAttempt:
+    return jobs.JobAttempt(
+        replica=attempt.replica,
+        reason=attempt.reason,
+        message=attempt.message,
+        started_at=convert.timestamp_to_proto(attempt.started_ms),
+        ended_at=convert.timestamp_to_proto(attempt.ended_ms),
+        epoch=attempt.epoch,
+    )
 
 
 def _job(record: JobRecord, canvases: list[Canvas] | None = None) -> jobs.Job:
@@ -97,6 +122,8 @@ def _job(record: JobRecord, canvases: list[Canvas] | None = None) -> jobs.Job:
         replica=record.replica,
         seed=record.seed,
         created_at=convert.timestamp_to_proto(record.created_ms),
+        history=[_attempt(attempt) for attempt in record.history],
+        losses=record.losses,
     )
     if record.failure is not None:
         failure = record.failure

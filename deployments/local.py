@@ -1,7 +1,8 @@
 """The warden of a local cluster: the process that owns Redis and Ray for as long as the cluster runs.
 
-Started by cluster.embedded with one JSON argument; reports on a pipe, one JSON object a line: {"say"}, then {"ready"}
-or {"error"}. SIGTERM and SIGINT stop everything it started, in reverse order.
+Started by cluster.embedded with one JSON object on its standard input; reports on a pipe, one JSON object a line:
+{"say"}, then {"ready"} or {"error", "reason"}. A redis-server of its own is started again when it dies; when that does
+not help, the cluster is stopped. SIGTERM and SIGINT stop everything that was started, in reverse order.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -33,9 +34,10 @@ from ray import serve
 
 from cluster.config import Settings, StateSettings, parse_settings
 from cluster.embedded import RAY_DIR_PREFIX, START_TIMEOUT_S, LocalCluster, record, record_path
-from cluster.errors import EaselError, StartupError, Unavailable
+from cluster.errors import ConfigError, EaselError, StartupError, Unavailable
 from cluster.jobs.connection import connect, without_password
 from cluster.jobs.store import JobStore
+from cluster.redis_keeper import keep_running
 from cluster.redis_server import RedisServer
 from deployments.app import build
 
@@ -80,7 +82,7 @@ class Interrupted(Exception):
 
 def main() -> int:
     """Run a local cluster until told to stop; the exit status is 1 when it could not start."""
-    arguments = json.loads(sys.argv[1])
+    arguments = json.load(sys.stdin)
     reports = Reports(os.fdopen(arguments["report_fd"], "w", encoding="utf-8"))
     orders = Orders(parse_settings(arguments["settings"]), bool(arguments["own_redis"]), Path(arguments["home"]))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -88,20 +90,34 @@ def main() -> int:
     _handle_signals(stop)
     with contextlib.ExitStack() as owned:
         try:
-            cluster = _start(orders, reports, owned, stop)
+            cluster, redis = _start(orders, reports, owned, stop)
         except Interrupted:
             return 1
         except EaselError as error:
-            reports.send(error=str(error))
+            reports.send(error=str(error), reason=error.reason)
             return 1
-        reports.send(ready=_as_dict(cluster))
+        reports.send(ready=asdict(cluster))
         reports.close()
-        stop.wait()
-        logger.info("stopping")
+        return _watch(cluster, redis, stop)
+
+
+def _watch(cluster: LocalCluster, redis: RedisServer | None, stop: threading.Event) -> int:
+    """Keep Redis running until the warden is told to stop; returns its exit code."""
+    try:
+        if redis is None:
+            stop.wait()
+        else:
+            keep_running(redis, stop, lambda: record(replace(cluster, redis_pid=redis.pid)))
+    except StartupError as error:
+        logger.error("stopping the cluster: %s", error)  # noqa: TRY400 - one line says all
+        return 1
+    logger.info("stopping")
     return 0
 
 
-def _start(orders: Orders, reports: Reports, owned: contextlib.ExitStack, stop: threading.Event) -> LocalCluster:
+def _start(
+    orders: Orders, reports: Reports, owned: contextlib.ExitStack, stop: threading.Event
+) -> tuple[LocalCluster, RedisServer | None]:
     settings, redis = _start_redis(orders, reports, owned)
     ray_dir = _start_ray(settings, reports, owned, stop)
     _deploy(settings, reports, stop)
@@ -115,10 +131,11 @@ def _start(orders: Orders, reports: Reports, owned: contextlib.ExitStack, stop: 
         checkpoint=settings.checkpoint,
         log_dir=str(orders.home / "logs"),
         ray_dir=ray_dir,
+        ray_address=ray.get_runtime_context().gcs_address,
     )
     record(cluster)
     owned.callback(lambda: record_path().unlink(missing_ok=True))
-    return cluster
+    return cluster, redis
 
 
 def _start_redis(orders: Orders, reports: Reports, owned: contextlib.ExitStack) -> tuple[Settings, RedisServer | None]:
@@ -140,14 +157,18 @@ def _start_redis(orders: Orders, reports: Reports, owned: contextlib.ExitStack) 
 
 
 async def _reach_redis(state: StateSettings) -> None:
-    store = JobStore(connect(state.url, timeout_s=state.timeout_s), namespace=state.namespace)
+    """Raises StartupError for a Redis that cannot be reached, ConfigError for one that these settings do not open."""
+    where = f"state.url: Redis at {without_password(state.url)}"
     try:
-        await store.ping()
+        store = JobStore(connect(state.url, timeout_s=state.timeout_s), namespace=state.namespace)
+        try:
+            await store.ping()
+        finally:
+            await store.close()
     except Unavailable as error:
-        where = f"state.url: Redis at {without_password(state.url)} cannot be reached"
-        raise StartupError(f"{where} ({error}); start it, or leave --redis-url out") from None
-    finally:
-        await store.close()
+        raise StartupError(f"{where} cannot be reached ({error}); start it, or leave --redis-url out") from None
+    except ConfigError as error:
+        raise ConfigError(f"{where} cannot be used: {error}") from None
 
 
 def _start_ray(settings: Settings, reports: Reports, owned: contextlib.ExitStack, stop: threading.Event) -> str:
@@ -272,10 +293,6 @@ def _handle_signals(stop: threading.Event) -> None:
 
     signal.signal(signal.SIGTERM, told)
     signal.signal(signal.SIGINT, told)
-
-
-def _as_dict(cluster: LocalCluster) -> dict[str, object]:
-    return {name: getattr(cluster, name) for name in LocalCluster.__dataclass_fields__}
 
 
 if __name__ == "__main__":

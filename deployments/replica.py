@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 
 import grpc
 
 from cluster.config import Settings
-from cluster.errors import EaselError, StartupError
+from cluster.errors import EaselError, StartupError, Unavailable
 from cluster.jobs.connection import connect
 from cluster.jobs.doorbell import Doorbell
-from cluster.jobs.records import ReplicaHello
+from cluster.jobs.records import AssignedJob
 from cluster.jobs.store import JobStore
 from cluster.rpc.easel.internal.v1 import denoiser_pb2_grpc as pb_grpc
 from cluster.rpc.interceptors import EdgeInterceptor
@@ -21,14 +20,20 @@ from cluster.rpc.options import server_options
 from deployments.denoiser import Denoiser
 from deployments.engine.api import Engine
 from deployments.heartbeat import Heartbeat
+from deployments.membership import Membership
 
 logger = logging.getLogger(__name__)
 
 INTERNAL_MAX_BYTES = 64 * 2**20
+# The runs have ended by then; their last messages go out.
+STREAMS_GRACE_S = 1.0
 
 
 class Replica:
-    """One Denoiser replica: `start` brings it up and registers it, `close` takes it out first, then ends it."""
+    """One Denoiser replica: `start` brings it up and registers it, `close` drains it first, then ends it.
+
+    An order from Redis drains it too; it then waits, outside the slot table, until it is replaced.
+    """
 
     def __init__(
         self,
@@ -44,19 +49,24 @@ class Replica:
         self._settings = settings
         self._name = name
         self._advertised_host = advertised_host
-        self._engine = engine
-        self._store = JobStore(redis, namespace=state.namespace, lease_ms=state.lease_ms, retention_s=state.retention_s)
+        self._store = JobStore.of(redis, state)
         self._doorbell = Doorbell(redis, namespace=state.namespace)
-        self._denoiser = Denoiser(engine, self._store, decode, name=name)
+        self._membership = Membership(self._store, engine, name=name)
+        self._denoiser = Denoiser(engine, self._store, decode, membership=self._membership, settings=settings)
         self._heartbeat = Heartbeat(self._beat, every_s=state.heartbeat_ms / 1000, name=f"{name}: lease")
         self._server = grpc.aio.server(
             interceptors=(EdgeInterceptor(max_request_bytes=INTERNAL_MAX_BYTES),),
             options=server_options(INTERNAL_MAX_BYTES),
         )
-        self._address = ""
+        self._draining: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
-        """Serve and register; returns the advertised address. Raises StartupError or Unavailable."""
+        """Serve and register; returns the advertised address.
+
+        Raises StartupError, Unavailable, or ConfigError for a Redis whose keys are of another version.
+        """
+        await self._store.ping()
         pb_grpc.add_DenoiserServicer_to_server(self._denoiser, self._server)
         host = self._settings.denoiser.host
         try:
@@ -64,55 +74,76 @@ class Replica:
         except RuntimeError as error:
             raise StartupError(f"denoiser.host: no port can be bound on {host}") from error
         await self._server.start()
-        self._address = f"{self._advertised_host}:{port}"
+        address = f"{self._advertised_host}:{port}"
+        self._membership.serve_at(address)
         self._doorbell.on_ring(self._rang)
         await self._doorbell.start(self._name)
         await self._heartbeat.start()
-        logger.info("replica %s serves on %s", self._name, self._address)
-        return self._address
+        logger.info("replica %s serves on %s", self._name, address)
+        return address
 
     def check(self) -> None:
-        """Raise the EngineError of a broken engine; Serve then replaces this replica."""
+        """Raise what makes this replica one to replace: its engine broke or hangs, or it was drained."""
         if self._denoiser.failure is not None:
             raise self._denoiser.failure
+        if self._draining is not None and self._draining.done():
+            raise Unavailable(f"replica {self._name} is drained, and leaves its place to another")
+
+    async def drain(self) -> None:
+        """Take no more jobs, give every job back with its checkpoint, and leave the slot table.
+
+        Takes at most about twice denoiser.drain_timeout_s; what is not given back by then goes without a checkpoint.
+        """
+        if self._draining is None:
+            try:
+                await self._membership.announce_drain()
+            except EaselError as error:
+                logger.warning("replica %s: jobs may still be placed here: %s", self._name, error)
+        await asyncio.shield(self._drain("the replica is shutting down"))
 
     async def close(self) -> None:
-        """Leave the slot table so that no job comes, end the running ones, and give everything back."""
-        drain_s = self._settings.denoiser.drain_timeout_s
+        """Give every job back with its checkpoint, leave the slot table, and end. A second call joins the first."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(), name=f"{self._name}: close")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        await self.drain()
         await self._heartbeat.close()
+        await self._server.stop(STREAMS_GRACE_S)
         try:
-            await self._store.remove_replica(self._name)
-        except EaselError as error:
-            logger.warning("replica %s: its lease is left to run out: %s", self._name, error)
-        stopping = asyncio.create_task(self._server.stop(drain_s))
-        try:
-            await self._denoiser.close(drain_s)
+            await self._denoiser.close(self._settings.denoiser.drain_timeout_s)
         except EaselError as error:
             logger.warning("replica %s: %s", self._name, error)
-        await stopping
         await self._doorbell.close()
         await self._store.close()
 
+    def _drain(self, message: str) -> asyncio.Task[None]:
+        """Drain once, whoever asks first."""
+        if self._draining is None:
+            logger.info("replica %s drains: %s", self._name, message)
+            work = self._denoiser.drain(message, self._settings.denoiser.drain_timeout_s)
+            self._draining = asyncio.create_task(work, name=f"{self._name}: drain")
+        return self._draining
+
     def _rang(self, kind: str, job_id: str) -> None:
-        if kind in {"cancelled", "failed"}:
-            self._denoiser.ended(job_id, kind)
+        word, _, epoch = kind.partition(":")
+        if word in {"cancelled", "failed"}:
+            self._denoiser.ended(job_id, word)
+        elif word == "preempt":
+            self._denoiser.preempt(AssignedJob(job_id, int(epoch)))
+        elif word == "released":
+            self._denoiser.reaped(AssignedJob(job_id, int(epoch)))
+        elif word == "drain":
+            self._drain("the replica was told to drain")
 
     async def _beat(self) -> None:
-        """Renew the lease while the engine works, and stop what Redis no longer assigns here."""
-        if self._denoiser.failure is not None:
-            await self._store.remove_replica(self._name)
-            return
+        """Renew the lease, stop what Redis no longer assigns here, and do what it orders."""
         known = self._denoiser.running()
-        card, stats = self._engine.card, self._engine.stats()
-        assigned = await self._store.heartbeat_replica(
-            ReplicaHello(
-                replica=self._name,
-                address=self._address,
-                model=card.name,
-                version=card.version,
-                slots=self._engine.slots,
-                stats={name: float(value) for name, value in asdict(stats).items()},
-            )
-        )
-        self._denoiser.reconcile(assigned, known)
-        self._denoiser.disown(assigned)
+        orders = await self._membership.beat()
+        if orders is None:
+            return
+        self._denoiser.reconcile(orders.assigned, known)
+        self._denoiser.disown(orders.assigned)
+        if orders.draining:
+            self._drain("the replica was told to drain")

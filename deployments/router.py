@@ -31,6 +31,7 @@ from cluster.rpc.easel.v1 import (
 )
 from cluster.rpc.interceptors import EdgeInterceptor
 from cluster.rpc.options import server_options
+from deployments.charge import Surroundings
 from deployments.cluster_service import ClusterService
 from deployments.generation import GenerationService
 from deployments.heartbeat import Heartbeat
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 PORT_PATIENCE_S = 5.0
 PORT_RETRY_S = 0.1
+LEAVING_S = 3.0
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_name,
     jobs_pb2.DESCRIPTOR.services_by_name["Jobs"].full_name,
@@ -62,17 +64,12 @@ class Router:
         card = _served_card(read_checkpoint(folder).card, settings)
         state, router = settings.state, settings.router
         redis = connect(state.url, timeout_s=state.timeout_s)
-        self._store = JobStore(
-            redis,
-            namespace=state.namespace,
-            queue_limit=state.queue_limit,
-            retry_after_ms=state.retry_after_ms,
-            lease_ms=state.lease_ms,
-            retention_s=state.retention_s,
-        )
+        self._store = JobStore.of(redis, state)
         self._doorbell = Doorbell(redis, namespace=state.namespace)
         self._replicas = Replicas()
-        self._supervisor = Supervisor(self._store, self._replicas)
+        self._supervisor = Supervisor(
+            Surroundings(self._store, self._replicas, self._doorbell, name, state.outage_patience_s)
+        )
         look_s = router.look_every_ms / 1000
         self._look = Heartbeat(self._supervisor.look, every_s=look_s, name=f"{name}: look at the queue")
         self._intake = Intake(
@@ -87,9 +84,11 @@ class Router:
         self._health = health_aio.HealthServicer()
         self._heartbeat = Heartbeat(self._beat, every_s=state.heartbeat_ms / 1000, name=f"{name}: lease")
         self._server: grpc.aio.Server | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
-        """Register in Redis and serve; returns the port. Raises StartupError or Unavailable."""
+        """Register in Redis and serve; returns the port. Raises StartupError, ConfigError or Unavailable."""
+        await self._store.ping()
         self._doorbell.on_ring(self._supervisor.ring)
         await self._doorbell.start(self._name)
         await self._heartbeat.start()
@@ -99,11 +98,20 @@ class Router:
         return port
 
     async def close(self) -> None:
-        """Refuse new calls, let jobs end within the drain bound, then give everything back."""
+        """Refuse new calls, let jobs end within the drain bound, hand over the rest, then give everything back.
+
+        A second call joins the first.
+        """
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(), name=f"{self._name}: close")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         drain_s = self._settings.router.drain_timeout_s
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
-            stopping = asyncio.create_task(self._server.stop(drain_s))
+            # What is left at the bound is told so by the drain; grpc's own cut comes after that.
+            stopping = asyncio.create_task(self._server.stop(drain_s + LEAVING_S))
             await self._supervisor.drain(drain_s)
             await stopping
         else:
@@ -114,7 +122,7 @@ class Router:
         await self._doorbell.close()
         await self._replicas.close()
         try:
-            await self._store.remove_router(self._name)
+            await self._store.leave_router(self._name)
         except EaselError as error:
             logger.warning("router %s: its lease is left to run out: %s", self._name, error)
         await self._store.close()
@@ -141,7 +149,8 @@ class Router:
     def _server_with_services(self) -> grpc.aio.Server:
         max_bytes = self._settings.router.max_request_bytes
         server = grpc.aio.server(
-            interceptors=(EdgeInterceptor(max_request_bytes=max_bytes),), options=server_options(max_bytes)
+            interceptors=(EdgeInterceptor(max_request_bytes=max_bytes),),
+            options=server_options(max_bytes, share_port=True),
         )
         generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server)
         jobs = JobService(self._intake, self._supervisor, self._store)
@@ -158,14 +167,14 @@ class Router:
     async def _beat(self) -> None:
         """Renew the lease, and say by the health service whether a job could run now."""
         try:
-            await self._store.heartbeat_router(self._name)
+            await self._supervisor.reconcile(await self._store.heartbeat_router(self._name))
             view = await self._store.view()
         except EaselError:
             await self._say(serving=False)
             raise
         live = [row for row in view.replicas if row.lease_ms > 0]
         self._replicas.keep_only(frozenset(row.address for row in live))
-        await self._say(serving=bool(live))
+        await self._say(serving=any(not row.draining for row in live))
 
     async def _say(self, *, serving: bool) -> None:
         known = health_pb2.HealthCheckResponse

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from cluster.core import Canvas
 from cluster.errors import EaselError
@@ -23,11 +23,17 @@ async def stored_canvases(store: JobStore, job_id: str, from_canvas: int = 0) ->
 
 
 async def watch_stored(
-    store: JobStore, doorbell: Doorbell, job_id: str, from_canvas: int
+    store: JobStore,
+    doorbell: Doorbell,
+    job_id: str,
+    from_canvas: int,
+    *,
+    interrupted: Callable[[], EaselError | None] = lambda: None,
 ) -> AsyncGenerator[v1.GenerateEvent, None]:
     """Yield a job's canvases from an index on as they are committed, then `finished`.
 
-    Raises the job's EaselError when it ends otherwise, JobNotFound when there is no such job (any more).
+    Raises the job's EaselError when it ends otherwise, JobNotFound when there is no such job (any more), and what
+    `interrupted` returns, at the latest after MISSED_RING_S.
     """
     async with doorbell.watch(job_id) as bell:
         while True:
@@ -44,3 +50,6 @@ async def watch_stored(
                 yield ending
                 return
             await bell.wait(MISSED_RING_S)
+            stop = interrupted()
+            if stop is not None:
+                raise stop

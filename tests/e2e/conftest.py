@@ -15,7 +15,7 @@ import pytest_asyncio
 
 from cluster.checkpoint import read_checkpoint
 from cluster.client import EaselClient
-from cluster.config import Settings, parse_settings
+from cluster.config import Settings, overlay, parse_settings
 from cluster.redis_server import RedisServer
 from deployments.engine.fake import FakeEngine
 from deployments.replica import Replica
@@ -37,8 +37,9 @@ class Stack:
     addresses: dict[str, str] = field(default_factory=dict)
     redis: RedisServer | None = None
 
-    async def add_router(self, name: str) -> str:
-        router = self.routers[name] = Router(self.settings, name=name)
+    async def add_router(self, name: str, *, port: int = 0) -> str:
+        settings = parse_settings(overlay(self.settings.model_dump(mode="json"), {"router": {"port": port}}))
+        router = self.routers[name] = Router(settings, name=name)
         self.addresses[name] = f"127.0.0.1:{await router.start()}"
         return self.addresses[name]
 
@@ -51,6 +52,22 @@ class Stack:
         await replica.start()
         self.replicas[name] = replica
         return replica
+
+    async def crash_router(self, name: str) -> None:
+        """As SIGKILL leaves it: connections break, and nothing is written or said."""
+        router = self.routers.pop(name)
+        router._generation._left = lambda ticket: None  # type: ignore[method-assign]  # the dead cancel nothing
+        for beat in (router._heartbeat, router._look):
+            await beat.close()
+        await router._doorbell.close()
+        tasks = list(router._supervisor._tasks.values())
+        for task in tasks:
+            task.cancel()
+        assert router._server is not None
+        await router._server.stop(None)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await router._replicas.close()
+        await router._store.close()
 
     async def close(self) -> None:
         for router in self.routers.values():
@@ -76,13 +93,19 @@ async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
     """Start a router and replicas in a namespace of their own; `state`, `router` and `engine` override settings."""
     async with AsyncExitStack() as stack:
 
-        async def make(*, replicas: int = 1, state: dict[str, Any] | None = None, **engine: float | None) -> Stack:
+        async def make(
+            *,
+            replicas: int = 1,
+            state: dict[str, Any] | None = None,
+            denoiser: dict[str, Any] | None = None,
+            **engine: float | None,
+        ) -> Stack:
             values = {
                 "checkpoint": str(CHECKPOINT),
                 "state": {"url": redis_server.url, "namespace": f"t{next(namespaces)}", "heartbeat_ms": 100}
                 | (state or {}),
                 "router": {"port": 0, "drain_timeout_s": 0.2, "look_every_ms": 50},
-                "denoiser": {"drain_timeout_s": 0.5},
+                "denoiser": {"drain_timeout_s": 0.5} | (denoiser or {}),
             }
             made = Stack(parse_settings(values), redis=redis_server)
             stack.push_async_callback(made.close)
@@ -99,8 +122,9 @@ async def connect() -> AsyncIterator[Connect]:
     """A client of a stack's first router, closed after the test."""
     async with AsyncExitStack() as stack:
 
-        def make(target: Stack, router: str = "router-0") -> EaselClient:
-            client = EaselClient(target.addresses[router])
+        def make(target: Stack, *routers: str) -> EaselClient:
+            names = routers or ("router-0",)
+            client = EaselClient(",".join(target.addresses[name] for name in names))
             stack.push_async_callback(client.close)
             return client
 

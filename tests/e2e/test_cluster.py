@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,14 +10,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
 
+from cluster.client import Committed, EaselClient, Finished, RequestOptions
 from cluster.redis_server import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +72,14 @@ class Command:
         return written
 
 
+class LongAnswer(NamedTuple):
+    """The canvases a reader got, in the order it got them, and how many runs they took."""
+
+    indices: tuple[int, ...]
+    tokens: tuple[int, ...]
+    attempts: int
+
+
 def session_of(leader: int) -> list[psutil.Process]:
     """The processes that still run of a warden's session."""
     found = []
@@ -98,9 +108,9 @@ def _runs(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def easel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    """A running cluster: two replicas of the demo checkpoint."""
+    """A running cluster: two routers and two replicas of the demo checkpoint."""
     command = Command(tmp_path_factory.mktemp("home"))
-    up = command("up", "--port", str(free_port()), timeout_s=UP_TIMEOUT_S)
+    up = command("up", "--port", str(free_port()), "--routers", "2", timeout_s=UP_TIMEOUT_S)
     assert up.returncode == 0, up.stderr + up.stdout
     yield command
     down = command("down", timeout_s=120)
@@ -148,10 +158,94 @@ def test_a_second_up_is_refused_in_one_line(easel: Command) -> None:
     assert "Traceback" not in second.stderr
 
 
-def test_a_killed_replica_is_replaced_and_the_cluster_goes_on(easel: Command) -> None:
+def long_answers(address: str, count: int, *, while_running: Callable[[], None] = lambda: None) -> list[LongAnswer]:
+    """Answers of 36 denoising steps and more, streamed at once by a client that looks after itself."""
+
+    async def one(client: EaselClient, seed: int) -> LongAnswer:
+        indices: list[int] = []
+        tokens: list[int] = []
+        attempts = 0
+        options: RequestOptions = {
+            "seed": seed,
+            "confidence_threshold": 1e-6,
+            "max_denoising_steps": 48,
+            "max_new_tokens": 96,
+        }
+        async for event in client.stream(tokens=list(range(5, 25)), **options):
+            if isinstance(event, Committed):
+                indices.append(event.canvas_index)
+                tokens.extend(event.token_ids)
+            elif isinstance(event, Finished):
+                attempts = event.usage.attempts
+        return LongAnswer(tuple(indices), tuple(tokens), attempts)
+
+    async def ask() -> list[LongAnswer]:
+        async with EaselClient(address) as client:
+            asking = asyncio.gather(*(one(client, seed) for seed in range(count)))
+            await asyncio.to_thread(while_running)
+            return await asking
+
+    return asyncio.run(ask())
+
+
+def test_a_redeploy_of_everything_costs_no_reader_a_token(easel: Command) -> None:
+    address = easel.record()["address"]
+    expected = [answer[:2] for answer in long_answers(address, 4)]
+    before = easel.json("status")
+    redeploy = subprocess.Popen(
+        [sys.executable, "-m", "tests.e2e.redeploy", str(easel.home), "WARNING", "2"],
+        env={**easel.environment(), "RAY_AUTH_MODE": "token"},
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    rounds = attempts = 0
+    with redeploy:
+        while redeploy.poll() is None:
+            answers = long_answers(address, 4)
+            assert [answer[:2] for answer in answers] == expected
+            attempts += sum(answer.attempts for answer in answers)
+            rounds += 1
+        assert redeploy.returncode == 0, redeploy.stderr and redeploy.stderr.read()
+    after = easel.json("status")
+    for kind in ("replicas", "routers"):
+        names = [{str(row) if kind == "routers" else row["replica"] for row in view[kind]} for view in (before, after)]
+        assert not names[0] & names[1], f"{kind} were not replaced"
+    assert rounds > 1
+    assert attempts >= 4 * rounds
+
+
+def test_a_drained_replica_makes_room_for_a_fresh_one(easel: Command) -> None:
+    replica = easel.json("status")["replicas"][0]["replica"]
+    drained = easel("drain", replica, timeout_s=90)
+    assert drained.returncode == 0, drained.stderr
+    assert replica in drained.stdout
+    assert easel("drain", "denoiser-nobody").returncode != 0
+    wait_for_replicas(easel, without=replica)
+
+
+def wait_for_replicas(easel: Command, *, without: str, timeout_s: float = 60.0) -> None:
+    give_up_s = time.monotonic() + timeout_s
+    names: set[str] = set()
+    while time.monotonic() < give_up_s:
+        names = {row["replica"] for row in easel.json("status")["replicas"]}
+        if len(names) == 2 and without not in names:
+            return
+        time.sleep(0.5)
+    pytest.fail(f"no second replica came back: {names}")
+
+
+def test_a_killed_replica_is_replaced_and_its_readers_get_every_token_once(easel: Command) -> None:
+    address = easel.record()["address"]
+    expected = [answer[:2] for answer in long_answers(address, 4)]
     before = {row["replica"] for row in easel.json("status")["replicas"]}
     victim = next(process for process in session_of(easel.record()["pid"]) if "Denoiser" in _title(process))
-    victim.send_signal(signal.SIGKILL)
+
+    def kill() -> None:
+        time.sleep(0.1)
+        victim.send_signal(signal.SIGKILL)
+
+    assert [answer[:2] for answer in long_answers(address, 4, while_running=kill)] == expected
     assert easel.json("generate", "sort 40718", "--seed", "1")["text"] == "01478"
     give_up_s = time.monotonic() + 60
     while time.monotonic() < give_up_s:
