@@ -11,13 +11,15 @@
     {ns}:waiting             ZSET    job that waits -> since when, or when it last gained a level, ms
     {ns}:victims             ZSET    score 0, members of cluster.policy.preemption: running jobs that may give way
     {ns}:marked              SET     running jobs that were told to give way
-    {ns}:doubted             HASH    running job that was lost since its last canvas -> "<losses> <replica>"
+    {ns}:apart               HASH    running job whose next loss would be its last -> replica
     {ns}:pulse               HASH    heard_ms, grace_ms: whether leases can be believed
     {ns}:schema              STRING  version of these names and of what is behind them
     {ns}:checkpoint:<job>    HASH    version, canvas_index, step, payload: the canvas in progress
     {ns}:owned:<router>      SET     jobs that have not ended and that this router has charge of
-    {ns}:replica:<replica>   HASH    address, model, version, slots, stats, last_assigned_seq, suspect, draining
+    {ns}:replica:<replica>   HASH    address, model, version, slots, stats, last_assigned_seq, draining,
+                                     suspect (until then, ms), strikes
     {ns}:running:<replica>   HASH    job -> "<epoch>" or "<epoch> preempt"; its size is how many slots are taken
+    {ns}:fresh:<replica>     SET     jobs it runs that have no canvas since they were assigned
     {ns}:bell:process:<name> channel of a router or a replica: "<kind> <job>"
     {ns}:bell:job:<job>      channel of a job: "<what happened>"
 
@@ -68,7 +70,7 @@ class Keys:
     def fixed(self) -> tuple[str, ...]:
         """The first KEYS of every script, in the order that lua/lib/names.lua expects."""
         first = ("queue", "replicas", "routers", "jobs", "expiring", "seq", "waiting")
-        second = ("victims", "marked", "doubted", "pulse")
+        second = ("victims", "marked", "apart", "pulse")
         return (self.base, *(f"{self.base}:{name}" for name in (*first, *second)))
 
     @property

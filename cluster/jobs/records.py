@@ -63,8 +63,8 @@ class Checkpoint:
 class JobRecord:
     """A job as it stood at `now_ms`. Times are ms since the Unix epoch by the clock of Redis.
 
-    `replica` has or had the job last, "" before the first assignment; `spec` is empty in a page of a list. `losses`
-    counts the runs lost since the last canvas; `history` holds the last runs that ended early, oldest first.
+    `replica` has or had the job last, "" before the first assignment. `losses` counts the runs lost since the last
+    canvas; `history` holds the last runs that ended early, oldest first. `spec` and `history` are empty in a list.
     """
 
     job_id: str
@@ -179,6 +179,7 @@ LISTED_FIELDS = (
         "epoch",
         "attempts",
         "preemptions",
+        "losses",
     ),
     *("canvases", "generated_tokens", "denoising_steps", "prompt_tokens", "finish_reason"),
     *("failure_code", "failure_reason", "failure_message"),

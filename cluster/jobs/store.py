@@ -192,7 +192,7 @@ class JobStore(Processes):
 
     # Last in the class: behind it `list` means this method.
     async def list(self, *, page_size: int, page_token: str = "", state: JobState | None = None) -> JobPage:
-        """One page of jobs, newest first, without their specs.
+        """One page of jobs, newest first, without their specs and histories.
 
         A filtered page that looked at 16,000 jobs comes back short. Raises InvalidRequest for a page_size
         outside [1, 1000] or a page_token that no page ended with.

@@ -10,7 +10,8 @@ with both numbers zero-padded to 16 digits. lua/lib/queue.lua builds the same by
 A job's level is its priority when it arrives. For every `aging_ms` that it waits it gains one level, up to
 OLDEST, which is above the most urgent priority: under any mix of arrivals every job comes to the front, for
 those above it are only jobs that have waited long themselves. A level is a place in the queue and no more: it
-is kept for as long as the job lives, and never takes a slot from a running job.
+never takes a slot from a running job. It is kept when a job comes back to the queue, but for a job that gave way
+to a more urgent one: that starts again from its priority, or it would be ahead of the one it made room for.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ A running job may give way to a waiting one of a higher *priority* (waiting long
 job forward in the queue). The victim is the running job of the lowest priority, and of those the youngest. One that has
 given way `max_preemptions` times is no victim any more. As many victims are marked as slots are needed: a mark stands
 for a slot on its way, and goes to the head of the queue.
+
+Redis leaves out what this cannot see: victims whose slot nobody could use (their replica drains, is not heard, or
+runs a job on its last chance), and waiting jobs on their last chance where they could not run (lua/lib/apart.lua).
 """
 
 from __future__ import annotations

@@ -91,8 +91,11 @@ class History(RuleBasedStateMachine):
         before, self.seen = self.seen, self.run(observe(self.redis, NAMESPACE))
         for job, record in self.seen.records.items():
             self.follow(before.records.get(job), record)
+        apart = self.seen.texts("apart").values()
         for job in self.seen.members("marked") - before.members("marked"):
-            assert self.seen.takes_jobs(self.seen.records[job].replica)
+            replica = self.seen.records[job].replica
+            assert self.seen.takes_jobs(replica)
+            assert replica not in apart
 
     def follow(self, before: JobRecord | None, record: JobRecord) -> None:
         """What no step may do to a job."""

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, cast
 
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 
 from cluster.core import Priority
 from cluster.jobs.keys import Keys
@@ -18,9 +19,9 @@ from cluster.policy.preemption import Runner, choose_victims, victim_member
 
 # How a key of each kind is read.
 _READ = {
-    "hash": ("job", "checkpoint", "replica", "running", "doubted", "pulse"),
+    "hash": ("job", "checkpoint", "replica", "running", "apart", "pulse"),
     "zset": ("queue", "waiting", "victims", "replicas", "routers", "jobs", "expiring"),
-    "set": ("owned", "marked"),
+    "set": ("owned", "marked", "fresh"),
     "stream": ("canvases",),
     "string": ("seq", "schema"),
 }
@@ -77,6 +78,11 @@ class Observation:
     def canvases(self, job: str) -> list[bytes]:
         return [fields[b"c"] for _, fields in self.keys["canvases"].get(job, ())]
 
+    def last_epoch(self, job: str) -> int | None:
+        """Under which the last canvas was committed."""
+        entries = self.keys["canvases"].get(job, ())
+        return int(entries[-1][0].split(b"-")[1]) if entries else None
+
     def is_live(self, kind: str, process: str) -> bool:
         return self.scores(kind).get(process, 0) > self.now_ms
 
@@ -104,7 +110,7 @@ async def observe(redis: Redis, namespace: str) -> Observation:
     return Observation(seconds * 1000 + micros // 1000, keys)
 
 
-def _ask(pipeline: Any, key_type: str, name: str) -> None:  # noqa: ANN401
+def _ask(pipeline: Pipeline, key_type: str, name: str) -> None:
     match key_type:
         case "hash":
             pipeline.hgetall(name)
@@ -127,9 +133,9 @@ def check(seen: Observation, bounds: Bounds) -> None:
     each_job_is_in_the_queue_or_on_a_slot_or_has_ended(seen)
     slots_hold_exactly_what_runs(seen)
     each_living_job_has_one_owner(seen)
-    only_running_jobs_give_way_or_are_in_doubt(seen, bounds)
+    only_running_jobs_give_way(seen, bounds)
     canvases_are_whole_and_checkpoints_of_the_next_one(seen)
-    losses_are_bounded_and_last_chances_apart(seen, bounds)
+    losses_are_bounded_and_last_chances_run_apart(seen, bounds)
     nobody_waits_in_vain(seen, bounds)
     the_urgent_have_their_marks(seen, bounds)
     ended_jobs_expire(seen)
@@ -168,13 +174,11 @@ def each_living_job_has_one_owner(seen: Observation) -> None:
     assert set(seen.keys["owned"]) <= set(seen.scores("routers"))
 
 
-def only_running_jobs_give_way_or_are_in_doubt(seen: Observation, bounds: Bounds) -> None:
+def only_running_jobs_give_way(seen: Observation, bounds: Bounds) -> None:
     marked = seen.members("marked")
     assert marked <= set(seen.running)
     may = {job for job, r in seen.running.items() if r.preemptions < bounds.max_preemptions and job not in marked}
     assert set(seen.scores("victims")) == {victim_member(runner) for runner in _runners(seen, may)}
-    in_doubt = {job: f"{r.losses} {r.replica}" for job, r in seen.running.items() if r.losses > 0}
-    assert seen.texts("doubted") == in_doubt
 
 
 def _runners(seen: Observation, jobs: set[str]) -> list[Runner]:
@@ -195,32 +199,38 @@ def canvases_are_whole_and_checkpoints_of_the_next_one(seen: Observation) -> Non
     assert set(seen.keys["canvases"]) <= set(seen.records)
 
 
-def losses_are_bounded_and_last_chances_apart(seen: Observation, bounds: Bounds) -> None:
+def losses_are_bounded_and_last_chances_run_apart(seen: Observation, bounds: Bounds) -> None:
     assert all(record.losses < bounds.max_attempts for record in seen.alive.values())
-    for replica in seen.keys["replica"]:
-        in_doubt = [record.losses for record in seen.active(replica).values() if record.losses > 0]
-        assert len(in_doubt) < 2 or max(in_doubt) < bounds.max_attempts - 1
-
-
-def may_run(seen: Observation, record: JobRecord, replica: str, bounds: Bounds) -> bool:
-    """By the rule for jobs in doubt; slots aside."""
-    there = max((other.losses for other in seen.active(replica).values()), default=0)
-    return record.losses == 0 or there == 0 or max(there, record.losses) < bounds.max_attempts - 1
+    last = {job: r.replica for job, r in seen.running.items() if r.losses == bounds.max_attempts - 1}
+    assert seen.texts("apart") == last
+    fresh = {job: r.replica for job, r in seen.running.items() if seen.last_epoch(job) != r.epoch}
+    assert fresh == {job: replica for replica in seen.keys["fresh"] for job in seen.members("fresh", replica)}
+    for job, replica in last.items():
+        assert seen.members("fresh", replica) == {job}
 
 
 def nobody_waits_in_vain(seen: Observation, bounds: Bounds) -> None:
+    """Half of the replicas, but one at least, may be kept for jobs on their last chance."""
     takers = [replica for replica in seen.keys["replica"] if seen.takes_jobs(replica)]
-    free = [r for r in takers if len(seen.active(r)) < int(seen.keys["replica"][r][b"slots"])]
-    for entry in seen.queue:
-        assert not [replica for replica in free if may_run(seen, seen.records[entry.job_id], replica, bounds)]
+    apart = set(seen.texts("apart").values()) & set(takers)
+    free = [r for r in set(takers) - apart if len(seen.active(r)) < int(seen.keys["replica"][r][b"slots"])]
+    may_keep = max(1, len(takers) // 2) - len(apart)
+    waiting = [seen.records[entry.job_id].losses for entry in seen.queue]
+    last_chances = waiting.count(bounds.max_attempts - 1)
+    if last_chances and may_keep > 0:
+        assert all(seen.members("fresh", replica) for replica in free)
+    if last_chances < len(waiting):
+        assert len(free) <= max(0, min(last_chances, may_keep))
 
 
 def the_urgent_have_their_marks(seen: Observation, bounds: Bounds) -> None:
-    """But for jobs in doubt, whose chances depend on who else is there."""
-    marked = seen.members("marked")
-    candidates = {job for job, r in seen.running.items() if job not in marked and seen.takes_jobs(r.replica)}
+    """But for those on their last chance, which need more than a slot."""
+    marked, apart = seen.members("marked"), set(seen.texts("apart").values())
+    takers = {replica for replica in seen.keys["replica"] if seen.takes_jobs(replica)} - apart
+    candidates = {job for job, r in seen.running.items() if job not in marked and r.replica in takers}
     waiting = [seen.records[entry.job_id] for entry in seen.queue]
-    priorities = [record.priority if record.losses == 0 else Priority.BATCH for record in waiting]
+    last = bounds.max_attempts - 1
+    priorities = [record.priority if record.losses < last else Priority.BATCH for record in waiting]
     missing = choose_victims(
         priorities, _runners(seen, candidates), marks=len(marked), max_preemptions=bounds.max_preemptions
     )

@@ -16,7 +16,7 @@ from cluster.jobs.states import TRANSITIONS, Action, AttemptEnd
 from cluster.policy.ordering import OLDEST
 from cluster.redis_server import RedisServer
 from tests.redis.helpers import BROKEN, hello, new_job
-from tests.redis.history import KEYS, PULSE, REPLICAS, WAITING, History
+from tests.redis.history import BOUNDS, KEYS, PULSE, REPLICAS, WAITING, History
 from tests.redis.observing import Observation
 
 MOST_JOBS = 24
@@ -96,10 +96,14 @@ class Histories(History):
     def wait_long(self) -> None:
         before = {entry.job_id: entry for entry in self.seen.queue}
         self.run(self.redis.zadd(WAITING, dict.fromkeys(["", *before], 1), xx=True))
-        assert self.run(self.store.assign()) == 0
+        kept = any(self.seen.records[job].losses == BOUNDS.max_attempts - 1 for job in before)
+        placed = self.run(self.store.assign())
+        # A new order brings nobody a slot, unless one was kept for a job that is further back now.
+        assert placed == 0 or kept
         self.look_again()
         after = {entry.job_id: entry for entry in self.seen.queue}
-        assert after == {job: entry.aged() for job, entry in before.items()}
+        assert after == {job: entry.aged() for job, entry in before.items() if job in after}
+        assert len(after) == len(before) - placed
         assert all(entry.level <= OLDEST for entry in self.seen.queue)
 
     @rule(router=routers)
@@ -204,11 +208,14 @@ class Histories(History):
         assigned = {order.job_id: (order.epoch, order.preempt) for order in orders.assigned}
         assert assigned == {job: (r.epoch, job in marked) for job, r in self.seen.active(replica).items()}
         assert orders.draining == drains
-        assert self.seen.takes_jobs(replica) == (not drains)
+        row = self.seen.keys["replica"][replica]
+        assert self.seen.takes_jobs(replica) == (not drains and b"suspect" not in row)
 
     @rule(replica=replicas)
     def crash_of_a_replica(self, replica: str) -> None:
         self.run(self.redis.zadd(KEYS.replicas, {replica: 1}, xx=True))
+        # No script ran: if it had a job on its last chance, the next look finds that another one may run apart now.
+        self.run(self.store.assign())
         self.look_again()
 
     @rule(replica=replicas)
@@ -216,6 +223,8 @@ class Histories(History):
         known = replica in self.seen.keys["replica"]
         error = self.refused(self.store.drain_replica(replica))
         assert isinstance(error, ReplicaNotFound) == (not known)
+        self.run(self.store.assign())
+        self.look_again()
 
     @rule(replica=replicas, end=ends)
     def leave_of_a_replica(self, replica: str, end: AttemptEnd) -> None:
@@ -319,7 +328,7 @@ def play(url: str, *, examples: int, steps: int, seeded: bool) -> None:
 
 
 def test_no_history_leaks_a_slot_loses_a_job_or_moves_an_ended_one(redis_server: RedisServer) -> None:
-    play(redis_server.url, examples=20, steps=50, seeded=True)
+    play(redis_server.url, examples=15, steps=40, seeded=True)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -57,6 +57,33 @@ async def test_a_replica_that_comes_back_after_its_lease_was_swept_runs_nothing(
     assert (await store.get("job")).replica == "replica-2"
 
 
+async def test_a_replica_that_is_lost_again_and_again_is_believed_later_and_later(
+    store: JobStore, redis: Redis, namespace: str
+) -> None:
+    row = Keys(namespace).replica("replica-1")
+
+    async def lose(job_id: str, *, after_canvas: bool = False) -> None:
+        placement = await running(store, job_id)
+        if after_canvas:
+            await commit(store, job_id, placement.epoch, 0)
+        await store.reap(job_id, placement.epoch, AttemptEnd.REPLICA_LOST, "connection refused")
+        await store.cancel(job_id)
+
+    async def is_believed() -> bool:
+        await store.heartbeat_replica(hello())
+        return not await redis.hexists(row, "suspect")
+
+    await lose("first")
+    assert await is_believed()
+    await lose("second")
+    assert not await is_believed()
+    await redis.hset(row, "suspect", 1)  # its time is over
+    assert await is_believed()
+    # A canvas shows that it can be reached: it begins anew.
+    await lose("third", after_canvas=True)
+    assert await is_believed()
+
+
 async def test_nobody_loses_anything_because_redis_was_away(store: JobStore, redis: Redis, namespace: str) -> None:
     keys = Keys(namespace)
     await store.heartbeat_router("router-1")

@@ -11,7 +11,7 @@ from cluster.errors import InvalidRequest
 from cluster.jobs.connection import connect
 from cluster.jobs.keys import Keys
 from cluster.jobs.records import JobRecord
-from cluster.jobs.states import JobState
+from cluster.jobs.states import AttemptEnd, JobState
 from cluster.jobs.store import JobStore
 from cluster.redis_server import RedisServer
 from tests.redis.helpers import new_job, running
@@ -86,3 +86,11 @@ async def test_expired_jobs_leave_the_index(redis_server: RedisServer, redis: Re
     assert (await store.list(page_size=10)).jobs == ()
     assert await redis.exists(f"{base}:jobs") == 0
     await store.close()
+
+
+async def test_a_list_shows_losses_and_leaves_out_history(store: JobStore) -> None:
+    placement = await running(store)
+    await store.reap("job", placement.epoch, AttemptEnd.REPLICA_LOST, "killed")
+    (listed,) = (await store.list(page_size=1)).jobs
+    assert (listed.losses, listed.history, listed.state) == (1, (), JobState.QUEUED)
+    assert len((await store.get("job")).history) == 1

@@ -187,6 +187,19 @@ async def test_the_history_keeps_the_last_sixteen_runs(store: JobStore) -> None:
     assert record.attempts == 21
 
 
+async def test_a_job_that_comes_back_again_and_again_takes_no_more_memory(
+    store: JobStore, redis: Redis, namespace: str
+) -> None:
+    await running(store)
+    sizes = []
+    for _ in range(3):
+        for _ in range(20):
+            await lose(store, AttemptEnd.DRAINED, "x" * 1000)
+        sizes.append(await redis.memory_usage(Keys(namespace).job("job"), samples=0) or 0)
+    assert sizes[2] <= 1.1 * sizes[0]
+    assert sizes[2] < 16_384
+
+
 @pytest.mark.parametrize(
     ("message", "kept"),
     [("x" * 501, "x" * 497 + "..."), ("\u00e9" * 500, "\u00e9" * 500), ('"\\\n\x00', '"\\\n\x00'), ("\udc80", "?")],
@@ -262,5 +275,5 @@ async def test_a_job_that_waits_again_can_be_cancelled(store: JobStore, redis: R
     await requeued(store)
     assert (await store.cancel("job")).state is JobState.CANCELLED
     base = Keys(namespace).base
-    names = ("queue", "waiting", "victims", "marked", "doubted", "owned:router-1", "running:replica-1")
+    names = ("queue", "waiting", "victims", "marked", "apart", "fresh:replica-1", "owned:router-1", "running:replica-1")
     assert await redis.exists(*(f"{base}:{name}" for name in names)) == 0

@@ -8,11 +8,10 @@
 --@include names.lua
 --@include policy.lua
 --@include clock.lua
---@include fence.lua
 --@include queue.lua
 --@include slot.lua
 --@include close.lua
---@include doubt.lua
+--@include apart.lua
 --@include preempt.lua
 --@include place.lua
 
@@ -42,7 +41,7 @@ for _, job_id in ipairs(redis.call('ZRANGEBYSCORE', WAITING, '-inf', now_ms - AG
   enqueue(job_id, before, now_ms)
 end
 
-local reply = {place(limit, now_ms)}
+local reply = {place(now_ms, limit)}
 if ARGV[3] ~= '' then
   local job = redis.call('HMGET', job_key(ARGV[3]), 'state', 'replica', 'address', 'epoch', 'canvases', 'router')
   if job[1] then for i = 1, 6 do reply[i + 1] = job[i] end end

@@ -11,7 +11,7 @@
 --@include queue.lua
 --@include slot.lua
 --@include close.lua
---@include doubt.lua
+--@include apart.lua
 --@include preempt.lua
 --@include place.lua
 
@@ -23,7 +23,7 @@ if state == 'queued' or state == 'running' then
   close_job(job_id, 'cancelled', {}, now_ms)
   ring(job[2], 'cancelled', job_id)
   if state == 'running' then ring(job[3], 'cancelled', job_id) end
-  place(8, now_ms)
+  place(now_ms)
 end
 local reply = redis.call('HGETALL', KEYS[13])
 table.insert(reply, 1, now_ms)

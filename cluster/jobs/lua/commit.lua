@@ -13,21 +13,22 @@
 --@include queue.lua
 --@include slot.lua
 --@include close.lua
---@include doubt.lua
+--@include apart.lua
 --@include preempt.lua
 --@include place.lua
 --@include finish.lua
 --@include usage.lua
+--@include suspicion.lua
 
 local job_id, epoch, index = ARGV[2], ARGV[3], tonumber(ARGV[4])
 local job = redis.call('HMGET', KEYS[13], 'state', 'epoch', 'canvases', 'generated_tokens', 'denoising_steps',
-  'finish_reason', 'losses')
+  'finish_reason', 'losses', 'replica')
 local state, count = job[1], tonumber(job[3])
 if not state then return not_found() end
 if job[2] ~= epoch then return stale(state, job[2]) end
 
 -- A repeat is a write whose answer was lost: the same canvas, under the same epoch.
-local finish, repeated, cleared = ARGV[8], false, false
+local finish, repeated, proven = ARGV[8], false, false
 local entry_id = string.format('%d-%s', index + 1, epoch)
 if index < count and (finish == '' or index == count - 1) then
   local entry = redis.call('XRANGE', KEYS[14], entry_id, entry_id)[1]
@@ -47,14 +48,15 @@ if not repeated then
   redis.call('DEL', checkpoint_key(job_id))
   if job[7] ~= '0' then
     redis.call('HSET', KEYS[13], 'losses', 0)
-    redis.call('HDEL', DOUBTED, job_id)
-    cleared = true
+    redis.call('HDEL', APART, job_id)
   end
+  proven = redis.call('SREM', fresh_key(job[8]), job_id) == 1
+  if proven then absolve(job[8]) end
   ring_watchers(job_id, 'committed')
 end
 if finish == '' then
-  -- Jobs may wait for this: they could not share a replica with a job in doubt.
-  if cleared then place(8, clock_ms()) end
+  -- For this a job on its last chance may wait, and others for the end of its apartness.
+  if proven and redis.call('SCARD', fresh_key(job[8])) == 0 then place(clock_ms()) end
   return {}
 end
 finish_job(job_id, finish, clock_ms())

@@ -12,7 +12,7 @@
 --@include queue.lua
 --@include slot.lua
 --@include close.lua
---@include doubt.lua
+--@include apart.lua
 --@include preempt.lua
 --@include place.lua
 
@@ -30,5 +30,5 @@ close_job(job_id, 'failed', {'failure_code', ARGV[4], 'failure_reason', ARGV[5],
 ring(job[3], 'failed', job_id)
 -- The replica hears of it only when it was not the replica that said so.
 if by_owner and state == 'running' then ring(job[4], 'failed', job_id) end
-place(8, now_ms)
+place(now_ms)
 return 1

@@ -11,18 +11,19 @@
 --@include queue.lua
 --@include slot.lua
 --@include close.lua
---@include doubt.lua
+--@include apart.lua
 --@include preempt.lua
 --@include place.lua
 --@include pulse.lua
+--@include suspicion.lua
 
 local replica, now_ms = ARGV[2], clock_ms()
 beat(now_ms)
 local lease_end_ms = tonumber(redis.call('ZSCORE', REPLICAS, replica) or 0)
-local was_suspect = redis.call('HDEL', KEYS[13], 'suspect')
+local is_back = believe(replica, now_ms)
 redis.call('HSET', KEYS[13], 'address', ARGV[3], 'model', ARGV[4], 'version', ARGV[5], 'slots', ARGV[6],
   'stats', ARGV[7])
 redis.call('ZADD', REPLICAS, now_ms + LEASE_MS, replica)
-if lease_end_ms <= now_ms or was_suspect == 1 then place(tonumber(ARGV[6]), now_ms) end
+if lease_end_ms <= now_ms or is_back then place(now_ms, tonumber(ARGV[6])) end
 local draining = redis.call('HEXISTS', KEYS[13], 'draining')
 return {draining, redis.call('HGETALL', KEYS[14])}

@@ -6,11 +6,10 @@
 --@include names.lua
 --@include policy.lua
 --@include clock.lua
---@include fence.lua
 --@include queue.lua
 --@include slot.lua
 --@include close.lua
---@include doubt.lua
+--@include apart.lua
 --@include preempt.lua
 --@include place.lua
 --@include requeue.lua
@@ -19,5 +18,5 @@ local now_ms, jobs = clock_ms(), redis.call('HKEYS', KEYS[14])
 redis.call('DEL', KEYS[13])
 redis.call('ZREM', REPLICAS, ARGV[2])
 for _, job_id in ipairs(jobs) do requeue(job_id, ARGV[3], ARGV[4], ARGV[5], now_ms) end
-place(#jobs, now_ms)
+place(now_ms)
 return #jobs

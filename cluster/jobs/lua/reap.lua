@@ -1,5 +1,5 @@
 -- reap: the owner router lost the replica in the middle of a run. The job goes back to the queue at once, and the
--- replica gets no more jobs until its next heartbeat says that it lives.
+-- replica gets no more jobs until its next heartbeat says that it lives (lib/suspicion.lua).
 -- KEYS   1-12 the fixed keys of lib/names.lua, 13 the job's record.
 -- ARGV   1 limits (lib/policy.lua), 2 job id, 3 epoch, 4 reason, 5 message, 6 '1' when it counts as a loss.
 -- From   RUNNING under this epoch.
@@ -12,10 +12,11 @@
 --@include queue.lua
 --@include slot.lua
 --@include close.lua
---@include doubt.lua
+--@include apart.lua
 --@include preempt.lua
 --@include place.lua
 --@include requeue.lua
+--@include suspicion.lua
 
 local job = redis.call('HMGET', KEYS[13], 'state', 'epoch', 'replica')
 if not job[1] then return not_found() end
@@ -23,8 +24,8 @@ if job[2] ~= ARGV[3] then return stale(job[1], job[2]) end
 if job[1] ~= 'running' then return illegal(job[1], job[2]) end
 
 local now_ms = clock_ms()
-if redis.call('EXISTS', replica_key(job[3])) == 1 then redis.call('HSET', replica_key(job[3]), 'suspect', 1) end
+suspect(job[3], now_ms)
 requeue(ARGV[2], ARGV[4], ARGV[5], ARGV[6], now_ms)
 ring(job[3], 'released:' .. job[2], ARGV[2])
-place(8, now_ms)
+place(now_ms)
 return 1

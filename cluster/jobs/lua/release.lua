@@ -14,7 +14,7 @@
 --@include queue.lua
 --@include slot.lua
 --@include close.lua
---@include doubt.lua
+--@include apart.lua
 --@include preempt.lua
 --@include place.lua
 --@include requeue.lua
@@ -36,5 +36,5 @@ if heir and redis.call('HGET', KEYS[13], 'state') == 'queued' then
   give_to(job_id, job[3], heir, now_ms)
   ring(heir, 'adopted', job_id)
 end
-place(8, now_ms)
+place(now_ms)
 return 1

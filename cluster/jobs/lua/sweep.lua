@@ -6,11 +6,10 @@
 --@include names.lua
 --@include policy.lua
 --@include clock.lua
---@include fence.lua
 --@include queue.lua
 --@include slot.lua
 --@include close.lua
---@include doubt.lua
+--@include apart.lua
 --@include preempt.lua
 --@include place.lua
 --@include requeue.lua
@@ -31,5 +30,5 @@ for _, replica in ipairs(redis.call('ZRANGEBYSCORE', REPLICAS, '-inf', now_ms, '
     redis.call('ZREM', REPLICAS, replica)
   end
 end
-if moved > 0 then place(moved, now_ms) end
+if moved > 0 then place(now_ms) end
 return moved

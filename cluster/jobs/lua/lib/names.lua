@@ -2,13 +2,14 @@
 -- queue, the chosen replica) are derived from the namespace key and share its hash tag, hence its slot.
 local BASE, QUEUE, REPLICAS, ROUTERS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local JOBS, EXPIRING, SEQ, WAITING = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
-local VICTIMS, MARKED, DOUBTED, PULSE = KEYS[9], KEYS[10], KEYS[11], KEYS[12]
+local VICTIMS, MARKED, APART, PULSE = KEYS[9], KEYS[10], KEYS[11], KEYS[12]
 
 local function job_key(job_id) return BASE .. ':job:' .. job_id end
 local function canvases_key(job_id) return BASE .. ':canvases:' .. job_id end
 local function checkpoint_key(job_id) return BASE .. ':checkpoint:' .. job_id end
 local function replica_key(replica) return BASE .. ':replica:' .. replica end
 local function running_key(replica) return BASE .. ':running:' .. replica end
+local function fresh_key(replica) return BASE .. ':fresh:' .. replica end
 local function owned_key(router) return BASE .. ':owned:' .. router end
 
 -- Rings are hints: whoever hears one reads the keys.

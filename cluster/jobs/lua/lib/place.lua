@@ -1,15 +1,16 @@
--- The load balancer. Needs names.lua, policy.lua, queue.lua, slot.lua, close.lua, doubt.lua and preempt.lua.
+-- The load balancer. Needs names.lua, policy.lua, queue.lua, slot.lua, close.lua, apart.lua and preempt.lua.
 
 -- Replicas that take jobs, with the slots they have taken: the lease runs, nobody found them unreachable since
--- their last heartbeat, and they do not drain.
+-- their last heartbeat, and they do not drain. `kept`: for a job on its last chance alone.
 local function live_replicas(now_ms)
-  local rows = {}
+  local rows, apart = {}, replicas_apart()
   for _, replica in ipairs(redis.call('ZRANGEBYSCORE', REPLICAS, '(' .. now_ms, '+inf')) do
-    local row = redis.call('HMGET', replica_key(replica), 'slots', 'address', 'last_assigned_seq', 'suspect', 'draining')
+    local row = redis.call('HMGET', replica_key(replica), 'slots', 'address', 'last_assigned_seq', 'suspect',
+      'draining')
     if row[1] and not row[4] and not row[5] then
       rows[#rows + 1] = {
         replica = replica, slots = tonumber(row[1]), address = row[2], turn = tonumber(row[3] or 0),
-        active = redis.call('HLEN', running_key(replica)),
+        active = redis.call('HLEN', running_key(replica)), kept = apart[replica],
       }
     end
   end
@@ -23,14 +24,32 @@ local function goes_before(a, b)
   return a.replica < b.replica
 end
 
--- The best of the replicas with a free slot; `doubts` (lib/doubt.lua) says where a job in doubt may run.
-local function pick_replica(rows, doubts, losses)
+local function pick_replica(rows)
   local best = nil
   for _, row in ipairs(rows) do
-    local free = row.active < row.slots and (losses == 0 or may_run(doubts, losses, row.replica))
+    local free = row.active < row.slots and not row.kept
     if free and (best == nil or goes_before(row, best)) then best = row end
   end
   return best
+end
+
+-- The replica for a job on its last chance. Where all have fresh jobs, the one with the fewest is kept for it: they
+-- commit or end, and so it gets its turn within one canvas. No more than half of the replicas are kept at a time.
+local function pick_apart(rows)
+  local kept, best = 0, nil
+  for _, row in ipairs(rows) do
+    if row.kept then
+      kept = kept + 1
+    elseif row.active < row.slots then
+      row.fresh = redis.call('SCARD', fresh_key(row.replica))
+      local fewer = best == nil or row.fresh < best.fresh
+      if fewer or (row.fresh == best.fresh and goes_before(row, best)) then best = row end
+    end
+  end
+  if best == nil or kept >= math.max(1, math.floor(#rows / 2)) then return nil end
+  best.kept = true
+  if best.fresh == 0 then return best end
+  return nil
 end
 
 local function expire_waiting(member, now_ms)
@@ -57,7 +76,8 @@ local function start_job(member, job_id, job, row, now_ms)
   redis.call('HSET', running_key(row.replica), job_id, epoch)
   redis.call('HSET', replica_key(row.replica), 'last_assigned_seq', row.turn)
   if tonumber(job.preemptions) < MAX_PREEMPTIONS then redis.call('ZADD', VICTIMS, 0, victim) end
-  if job.losses > 0 then redis.call('HSET', DOUBTED, job_id, job.losses .. ' ' .. row.replica) end
+  redis.call('SADD', fresh_key(row.replica), job_id)
+  if job.last_chance then redis.call('HSET', APART, job_id, row.replica) end
   ring(job.router, 'assigned', job_id)
 end
 
@@ -65,33 +85,32 @@ local function waiting_job(job_id)
   local row = redis.call('HMGET', job_key(job_id), 'epoch', 'attempts', 'router', 'started_ms', 'priority',
     'preemptions', 'losses')
   return {epoch = row[1], attempts = row[2], router = row[3], started_ms = row[4], priority = row[5],
-    preemptions = row[6], losses = tonumber(row[7])}
+    preemptions = row[6], last_chance = is_last_chance(tonumber(row[7]))}
 end
 
--- Gives free slots to the head of the queue; handles no more than `limit` waiting jobs and passes over no more than
--- PASSED, so that one script never holds Redis for long. A head whose deadline has passed leaves the queue; one in
--- doubt that may not run where slots are free is passed over. When slots are short, more urgent jobs mark victims.
--- Returns how many jobs were placed.
-local PASSED = 64
-local function place(limit, now_ms)
-  local rows, doubts, placed, passed = nil, nil, 0, 0
+-- Gives free slots to the head of the queue. It handles no more than PLACED waiting jobs, or `limit` where that is
+-- more, and passes over no more than PASSED, so that no script holds Redis for long. A head whose deadline has passed
+-- leaves the queue; one on its last chance is passed over until it can run apart. When slots are short, more urgent
+-- jobs mark victims. Returns how many jobs were placed.
+local PLACED, PASSED = 128, 64
+local function place(now_ms, limit)
+  local rows, placed, passed = nil, 0, 0
+  limit = math.max(limit or 0, PLACED)
   while limit > 0 and passed < PASSED do
     local member = redis.call('ZRANGEBYLEX', QUEUE, '-', '+', 'LIMIT', passed, 1)[1]
-    if not member then return placed end
+    if not member then break end
     if member_deadline_ms(member) <= now_ms then
       expire_waiting(member, now_ms)
       limit = limit - 1
     else
       rows = rows or live_replicas(now_ms)
       local job_id = member_job_id(member)
-      local job = waiting_job(job_id)
-      if job.losses > 0 and not doubts then doubts = running_doubts() end
-      local row = pick_replica(rows, doubts, job.losses)
+      local job, row = waiting_job(job_id), nil
+      if job.last_chance then row = pick_apart(rows) else row = pick_replica(rows) end
       if row then
         start_job(member, job_id, job, row, now_ms)
-        if job.losses > 0 then add_doubt(doubts, row.replica, job.losses) end
         placed, limit = placed + 1, limit - 1
-      elseif job.losses > 0 and pick_replica(rows, nil, 0) then
+      elseif job.last_chance then
         passed = passed + 1
       else
         break

@@ -1,5 +1,5 @@
 -- Who gives way to whom; the policy is that of cluster/policy/preemption.py. Needs names.lua, queue.lua and
--- doubt.lua.
+-- apart.lua.
 -- VICTIMS holds <priority>:<2^53 - 1 - turn, 16 digits>:<job id> of each running job that may be preempted: the
 -- first one is of the lowest priority, and of those the youngest.
 
@@ -14,32 +14,32 @@ local function takes_jobs(replica, now_ms)
 end
 
 -- Whether the slot of a victim of `priority` on `replica` is worth it: of the jobs that no mark serves yet, the first
--- few hold one that is more urgent by its own priority (not by what it gained by waiting) and may run there.
-local function is_wanted(priority, replica, marks)
-  local doubts = nil
+-- few hold one that is more urgent by its own priority (not by what it gained by waiting) and can use it. One on its
+-- last chance asks only while no other runs apart: it might have to wait for that one all the same.
+local function is_wanted(priority, replica, marks, apart)
   for _, member in ipairs(redis.call('ZRANGEBYLEX', QUEUE, '-', '+', 'LIMIT', marks, 8)) do
     local job = redis.call('HMGET', job_key(member_job_id(member)), 'priority', 'losses')
-    local losses = tonumber(job[2])
     if tonumber(job[1]) > priority then
-      if losses > 0 and not doubts then doubts = running_doubts() end
-      if losses == 0 or may_run(doubts, losses, replica) then return true end
+      if not is_last_chance(tonumber(job[2])) then return true end
+      if next(apart) == nil and redis.call('SCARD', fresh_key(replica)) == 0 then return true end
     end
   end
   return false
 end
 
 -- A mark is a slot on its way: as many of the jobs in front of the queue are served by the marks that are out. The
--- slot of a replica that takes no jobs would help nobody: its jobs are passed over.
+-- slot of a replica that takes no jobs now would help nobody: its jobs are passed over.
 local function mark_victims(now_ms)
-  local marked, passed = 0, 0
+  if redis.call('ZCARD', QUEUE) == 0 then return end
+  local marked, passed, apart = 0, 0, replicas_apart()
   while marked < 8 and passed < 64 do
     local victim = redis.call('ZRANGEBYLEX', VICTIMS, '-', '+', 'LIMIT', passed, 1)[1]
     if not victim then return end
     local job_id = string.sub(victim, 20)
     local job = redis.call('HMGET', job_key(job_id), 'replica', 'epoch')
-    if not takes_jobs(job[1], now_ms) then
+    if apart[job[1]] or not takes_jobs(job[1], now_ms) then
       passed = passed + 1
-    elseif is_wanted(tonumber(string.sub(victim, 1, 1)), job[1], redis.call('SCARD', MARKED)) then
+    elseif is_wanted(tonumber(string.sub(victim, 1, 1)), job[1], redis.call('SCARD', MARKED), apart) then
       redis.call('ZREM', VICTIMS, victim)
       redis.call('SADD', MARKED, job_id)
       redis.call('HSET', running_key(job[1]), job_id, job[2] .. ' preempt')
