@@ -32,8 +32,9 @@ WAYS: dict[str, Lose] = {
 
 async def lose(store: JobStore, end: AttemptEnd, message: str = "lost", way: str = "release") -> int:
     """The job `job` runs on replica-1 and ends so; returns the epoch of that run."""
-    # However often it was lost, it is believed at once here.
-    await store._redis.hdel(store._keys.replica("replica-1"), "suspect")
+    # However often it was lost, its heartbeat is believed at once here.
+    if await store._redis.hexists(store._keys.replica("replica-1"), "suspect"):
+        await store._redis.hset(store._keys.replica("replica-1"), "suspect", "1")
     await store.heartbeat_replica(hello())
     placement = await store.placement("job")
     assert placement is not None
