@@ -49,7 +49,7 @@ bench: $(STAMP) ## Print this machine's figures as ratios; the last line is one 
 	$(BIN)/python -m benchmarks.bench
 
 chaos: $(STAMP) ## Kill parts of a cluster under 1,000 jobs, and compare every answer
-	$(BIN)/python -m benchmarks.chaos --jobs 1000 --kill-every-s 2
+	$(BIN)/python -m benchmarks.chaos --jobs 1000 --seed 1 --kill-every-s 2
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

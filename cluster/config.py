@@ -41,7 +41,9 @@ class StateSettings(_Frozen):
     def _beats_within_a_lease(cls, heartbeat_ms: int, info: ValidationInfo) -> int:
         lease_ms = info.data.get("lease_ms", 0)
         if lease_ms and 2 * heartbeat_ms > lease_ms:
-            raise ValueError(f"a lease of {lease_ms} ms must outlast two heartbeats; at most {lease_ms // 2} is allowed")
+            raise ValueError(
+                f"a lease of {lease_ms} ms must outlast two heartbeats; at most {lease_ms // 2} is allowed"
+            )
         return heartbeat_ms
 
 

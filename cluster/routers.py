@@ -44,7 +44,7 @@ class Routers:
         # Each target is worth a try before a cluster counts as not there.
         self.retries = max(retries, len(self._targets) - 1)
         self.patience_s = patience_s
-        self.served = False  # whether any router ever answered more than that it cannot
+        self.served = False  # whether any router was ever there
         self.current = 0
         self._credentials = credentials
         self._channels: dict[int, grpc.aio.Channel] = {}
@@ -96,7 +96,11 @@ class Routers:
         failure = error_from_rpc(error)
         if isinstance(failure, Unavailable) and str(failure).startswith(_NOBODY_THERE):
             failure = Unavailable(f"no cluster answers at {self.target}")
-        elif isinstance(failure, JobReleased):
+            failure.__cause__ = error
+            return failure
+        # Whatever else was said, somebody is there, or was a moment ago.
+        self.served = True
+        if isinstance(failure, JobReleased):
             # The cluster's own affair: the job goes on elsewhere, and so does whoever reads it.
             failure = Unavailable(str(failure), retry_after_ms=failure.retry_after_ms)
         failure.__cause__ = error
@@ -145,7 +149,6 @@ class Tries:
         Raises DeadlineExceeded when the call's time would be over before the next try.
         """
         if not isinstance(failure, Unavailable):
-            self._routers.served = True
             raise failure
         self._routers.leave(self._asked)
         now_s = self._now_s()

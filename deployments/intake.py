@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import uuid
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from cluster.core import JobSpec, ModelCard
@@ -95,17 +96,34 @@ class Intake:
         feed = self._supervisor.begin(submission, placement)
         return Ticket(parsed.spec, feed, joined=False, deadline_s=submission.deadline_s)
 
-    def events(
+    async def events(
         self, job_id: str, feed: Feed | None, *, from_canvas: int = 0, drafts: bool = False
     ) -> AsyncGenerator[v1.GenerateEvent, None]:
-        """A job's events: from this router's own feed, or else from Redis."""
-        if feed is not None:
-            return feed.read(from_canvas=from_canvas, drafts=drafts)
+        """A job's events: from this router's own feed, or else from Redis until this router has charge of the job."""
+        if feed is None:
+            async with aclosing(self._stored(job_id, from_canvas)) as stored:
+                async for event in stored:
+                    yield event
+                    if event.HasField("finished"):
+                        return
+                    from_canvas = event.committed.canvas_index + 1
+            feed = self._supervisor.feed(job_id)
+        if feed is None:  # it had charge of the job, and the job has ended
+            events = watch_stored(self._store, self._doorbell, job_id, from_canvas)
+        else:
+            events = feed.read(from_canvas=from_canvas, drafts=drafts)
+        async with aclosing(events):
+            async for event in events:
+                yield event
 
+    def _stored(self, job_id: str, from_canvas: int) -> AsyncGenerator[v1.GenerateEvent, None]:
         def interrupted() -> EaselError | None:
             return leaving_error(self._name, job_id) if self._supervisor.leaving else None
 
-        return watch_stored(self._store, self._doorbell, job_id, from_canvas, interrupted=interrupted)
+        def until() -> bool:
+            return self._supervisor.feed(job_id) is not None
+
+        return watch_stored(self._store, self._doorbell, job_id, from_canvas, interrupted=interrupted, until=until)
 
     async def _parsed(self, request: v1.GenerateRequest, deadline_s: float | None) -> ParsedRequest:
         """Check a request; a long text beside the loop, so that its tokenizer does not hold up everybody's calls."""

@@ -10,7 +10,7 @@ from cluster.rpc.easel.internal.v1 import denoiser_pb2_grpc as pb_grpc
 from cluster.rpc.options import channel_options
 
 # A job is retried by its state, never by its transport.
-CHANNEL_OPTIONS = (*channel_options(), ("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1))
+CHANNEL_OPTIONS = (*channel_options(), ("grpc.enable_retries", 0))
 
 
 class Replicas:

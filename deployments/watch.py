@@ -29,11 +29,12 @@ async def watch_stored(
     from_canvas: int,
     *,
     interrupted: Callable[[], EaselError | None] = lambda: None,
+    until: Callable[[], bool] = lambda: False,
 ) -> AsyncGenerator[v1.GenerateEvent, None]:
     """Yield a job's canvases from an index on as they are committed, then `finished`.
 
-    Raises the job's EaselError when it ends otherwise, JobNotFound when there is no such job (any more), and what
-    `interrupted` returns, at the latest after MISSED_RING_S.
+    Ends early when `until` says so. Raises the job's EaselError when it ends otherwise, JobNotFound when there is no
+    such job (any more), and what `interrupted` returns; both are asked at every ring, and after MISSED_RING_S.
     """
     async with doorbell.watch(job_id) as bell:
         while True:
@@ -53,3 +54,5 @@ async def watch_stored(
             stop = interrupted()
             if stop is not None:
                 raise stop
+            if until():
+                return

@@ -38,6 +38,8 @@ def server_options(max_request_bytes: int, share_port: bool = False) -> Options:
 def channel_options() -> Options:
     """Settings of a channel to an Easel server: a dead peer is noticed in 30 s, even on a silent stream."""
     return [
+        # Else all channels of a process to one address share a connection, and thereby one of the routers behind it.
+        ("grpc.use_local_subchannel_pool", 1),
         ("grpc.max_receive_message_length", HARD_LIMIT_BYTES),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_metadata_size", _MAX_METADATA_BYTES),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.client import Committed, EaselClient, Event, Finished
+from cluster.client import Committed, Draft, EaselClient, Event, Finished
 from cluster.core import Priority
 from cluster.errors import Unavailable
 from cluster.jobs.connection import connect as connect_redis
@@ -68,6 +68,26 @@ async def test_a_job_of_a_dead_router_is_finished_by_another_one(start: Start, c
     indices, tokens, finished = await canvases_of(second.watch(job.job_id))
     assert (indices, tokens) == ([0, 1, 2, 3], expected)
     assert finished is not None
+
+
+async def test_drafts_come_again_once_the_router_that_is_asked_has_charge_of_the_job(
+    start: Start, connect: Connect
+) -> None:
+    stack = await start(replicas=2, state=SHORT_LEASE, step_time_ms=20.0, steps_per_canvas=20)
+    await stack.add_router("router-1")
+    client = connect(stack, "router-0", "router-1")
+    seen: list[Event] = []
+
+    async def read() -> None:
+        async for event in client.stream(tokens=[2, 3], seed=1, max_new_tokens=128, drafts=True):
+            seen.append(event)
+
+    reading = asyncio.create_task(read())
+    await until(lambda: any(isinstance(event, Committed) for event in seen))
+    await stack.crash_router("router-0")
+    await reading
+    assert [event.canvas_index for event in seen if isinstance(event, Committed)] == [0, 1, 2, 3]
+    assert {event.canvas_index for event in seen if isinstance(event, Draft)} == {0, 1, 2, 3}
 
 
 async def test_jobs_that_wait_outlive_their_router(start: Start, connect: Connect) -> None:

@@ -132,6 +132,18 @@ async def test_a_job_that_was_lost_too_often_fails_with_its_history(store: JobSt
     assert (await store.view()).replicas[0].active == 0
 
 
+async def test_a_job_that_fails_for_its_losses_is_not_told_of_its_preemptions(store: JobStore) -> None:
+    await running(store)
+    for end in (AttemptEnd.ENGINE, AttemptEnd.PREEMPTED, AttemptEnd.STEP_HUNG, AttemptEnd.DRAINED):
+        await lose(store, end, "gone")
+    await lose(store, AttemptEnd.ENGINE, "broke")
+    record = await store.get("job")
+    assert record.failure is not None
+    told = record.failure.message.partition(": ")[2]
+    assert told == "ENGINE on replica-1 (gone); STEP_HUNG on replica-1 (gone); ENGINE on replica-1 (broke)"
+    assert len(record.history) == 5
+
+
 async def test_the_last_loss_rings_the_owner(store: JobStore, redis: Redis, namespace: str) -> None:
     await running(store)
     for _ in range(2):

@@ -9,11 +9,15 @@ local function remember(history, row)
   return rows
 end
 
--- What people read of a job that was lost too often.
-local function told(rows)
+-- What people read of a job that was lost too often: its last losses, without the ends that were nobody's fault.
+local NO_LOSS = {PREEMPTED = true, DRAINED = true, ROUTER_LOST = true}
+local function told(rows, losses)
   local words = {}
-  for i = math.max(1, #rows - MAX_LOSSES + 1), #rows do
-    words[#words + 1] = rows[i][3] .. ' on ' .. rows[i][2] .. ' (' .. rows[i][4] .. ')'
+  for i = #rows, 1, -1 do
+    local row = rows[i]
+    if #words < losses and not NO_LOSS[row[3]] then
+      table.insert(words, 1, row[3] .. ' on ' .. row[2] .. ' (' .. row[4] .. ')')
+    end
   end
   return table.concat(words, '; ')
 end
@@ -31,7 +35,7 @@ local function requeue(job_id, reason, message, loss, now_ms)
   if losses >= MAX_LOSSES then
     close_job(job_id, 'failed', {
       'failure_code', 10, 'failure_reason', 'ATTEMPTS_EXHAUSTED',
-      'failure_message', losses .. ' attempts in a row ended without a new canvas: ' .. told(rows),
+      'failure_message', losses .. ' attempts in a row ended without a new canvas: ' .. told(rows, losses),
     }, now_ms)
     ring(job[3], 'failed', job_id)
     return

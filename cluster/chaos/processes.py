@@ -1,0 +1,86 @@
+"""The processes of a local cluster, found by the session that its warden leads and by their titles."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from enum import Enum
+
+import psutil
+
+from cluster.embedded import LocalCluster
+
+
+class Role(Enum):
+    """What a process of the cluster is; the value is part of the title that Ray gives it."""
+
+    DENOISER = "ServeReplica:easel:Denoiser"
+    ROUTER = "ServeReplica:easel:Router"
+    RANK = "Rank"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A process of the cluster with the TCP ports it listens on. `frozen` tells that SIGSTOP holds it."""
+
+    role: Role
+    process: psutil.Process
+    ports: frozenset[int]
+    frozen: bool
+
+
+def session_of(leader: int) -> list[psutil.Process]:
+    """The processes that still run of the session that `leader` leads or led."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def members(cluster: LocalCluster) -> list[Member]:
+    """The replicas, routers and ranks of a cluster, in the order of their process ids."""
+    found = []
+    for process in session_of(cluster.pid):
+        with contextlib.suppress(psutil.Error):
+            role = _role(" ".join(process.cmdline()))
+            if role is not None:
+                found.append(Member(role, process, _ports(process), process.status() == psutil.STATUS_STOPPED))
+    return sorted(found, key=lambda member: member.process.pid)
+
+
+def redis_process(cluster: LocalCluster) -> psutil.Process | None:
+    """The cluster's own Redis; None when it has none, or while that is down."""
+    if cluster.redis_pid is None:
+        return None
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(cluster.redis_pid)
+        if "redis" in process.name() and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
+
+
+def _role(title: str) -> Role | None:
+    return next((role for role in Role if title.startswith("ray::") and role.value in title), None)
+
+
+def _ports(process: psutil.Process) -> frozenset[int]:
+    connections = process.net_connections(kind="tcp")
+    return frozenset(link.laddr.port for link in connections if link.status == psutil.CONN_LISTEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How many processes of each role a cluster has when it is whole."""
+
+    replicas: int
+    routers: int
+    ranks: int
+
+
+def shape_of(found: list[Member]) -> Shape:
+    """The processes of a cluster, counted."""
+    roles = [member.role for member in found]
+    return Shape(roles.count(Role.DENOISER), roles.count(Role.ROUTER), roles.count(Role.RANK))
