@@ -180,7 +180,7 @@ async def test_canvases_go_on_while_redis_is_away_and_nothing_is_lost(
     os.kill(own_redis.pid, signal.SIGSTOP)
     try:
         with pytest.raises(Unavailable) as caught:
-            async with EaselClient(stack.addresses["router-0"], retries=0) as impatient:
+            async with EaselClient(stack.addresses["router-0"], retries=0, patience_s=0) as impatient:
                 await impatient.submit(tokens=[2], max_new_tokens=32)
         # All four canvases are denoised meanwhile: what is denoised once more would show in the count below.
         await until(lambda: sum(engine.stats().canvas_steps for engine in stack.engines.values()) == steps + 20)
