@@ -65,6 +65,9 @@ class ShardStats(NamedTuple):
     soft_mass: Tensor
 
 
+STATS = len(ShardStats._fields)
+
+
 class ShardWeights(NamedTuple):
     """exp(score - the shard's peak), float32 [tiles, rows, tokens], and the same of scores in the run dtype. In float32
     both are one tensor."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 
 class Group(Protocol):
@@ -64,7 +65,7 @@ class Ranks:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, world: int, *, device: torch.device, host: str, timeout_s: float
+        self, store: Store, rank: int, world: int, *, device: torch.device, host: str, timeout_s: float
     ) -> None:
         """Waits for all ranks. `host` is the address at which this rank's peers reach it.
 
@@ -74,8 +75,7 @@ class Ranks:
         self.summed_bytes = self.gathered_bytes = 0
         make = _nccl if device.type == "cuda" else _gloo
         self._backend: Any = make(store, rank, world, host, timedelta(seconds=timeout_s))
-        self._options = dist.AllreduceOptions()
-        self._options.reduceOp = dist.ReduceOp.SUM
+        self._options = dist.AllreduceOptions()  # a sum, when nothing else is said
         # Both backends connect at the first call at the latest; a peer that is missing must show here.
         self.sum(torch.zeros(1, device=device))
         self.summed_bytes = 0
@@ -108,16 +108,17 @@ class Ranks:
             self._backend = None
 
 
-def _gloo(store: dist.Store, rank: int, world: int, host: str, timeout: timedelta) -> Any:  # noqa: ANN401 - untyped
-    options = dist.ProcessGroupGloo._Options()
+def _gloo(store: Store, rank: int, world: int, host: str, timeout: timedelta) -> Any:  # noqa: ANN401 - untyped
+    backend: Any = dist.ProcessGroupGloo
+    options = backend._Options()
     # Without it gloo takes what this machine's own name resolves to, often an address of the loopback.
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    options._devices = [backend.create_device(hostname=host)]
     options._timeout = timeout
     options._threads = 1
-    return dist.ProcessGroupGloo(store, rank, world, options)
+    return backend(store, rank, world, options)
 
 
-def _nccl(store: dist.Store, rank: int, world: int, host: str, timeout: timedelta) -> Any:  # noqa: ANN401 - untyped
+def _nccl(store: Store, rank: int, world: int, host: str, timeout: timedelta) -> Any:  # noqa: ANN401 - untyped
     # nccl finds its addresses itself (NCCL_SOCKET_IFNAME). Waits are on the stream, not on the host: a rank that is
     # stuck for longer than the timeout makes nccl's watchdog end this process.
     options = dist.ProcessGroupNCCL.Options()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 from cluster.checkpoint import Checkpoint, read_checkpoint
 from cluster.errors import ConfigError
@@ -77,7 +77,7 @@ class Meeting:
         start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         self.listener = socket.create_server((host, 0))
-        self.store = _store(host, 0, is_master=True, timeout_s=start_timeout_s)
+        self.store = open_store(host, 0, is_master=True, timeout_s=start_timeout_s)
         self.rendezvous = Rendezvous(
             host=host,
             store_port=self.store.port,
@@ -155,7 +155,7 @@ def _load_follower(
         raise ConfigError(refusal)
     settle(lead, place.step_timeout_s)
     try:
-        store = _store(place.host, place.store_port, is_master=False, timeout_s=place.start_timeout_s)
+        store = open_store(place.host, place.store_port, is_master=False, timeout_s=place.start_timeout_s)
         # Peers reach this rank where it reaches rank 0 from.
         engine = _engine(checkpoint, settings, store, place, rank=rank, host=lead.getsockname()[0])
     except Exception as error:
@@ -221,11 +221,9 @@ def _welcome(rank: int, peer: socket.socket, wanted: set[int], facts: dict[str, 
 
 
 def _engine(
-    checkpoint: Checkpoint, settings: EngineSettings, store: dist.Store, place: Rendezvous, *, rank: int, host: str
+    checkpoint: Checkpoint, settings: EngineSettings, store: Store, place: Rendezvous, *, rank: int, host: str
 ) -> TorchEngine:
-    group = Ranks(
-        store, rank, place.world, device=settings.torch_device, host=host, timeout_s=place.step_timeout_s
-    )
+    group = Ranks(store, rank, place.world, device=settings.torch_device, host=host, timeout_s=place.step_timeout_s)
     try:
         return TorchEngine(checkpoint, settings, group)
     except BaseException:
@@ -233,5 +231,6 @@ def _engine(
         raise
 
 
-def _store(host: str, port: int, *, is_master: bool, timeout_s: float) -> dist.TCPStore:
-    return dist.TCPStore(host, port, None, is_master, timedelta(seconds=timeout_s), wait_for_workers=False)
+def open_store(host: str, port: int, *, is_master: bool, timeout_s: float) -> TCPStore:
+    """The key-value store over which a backend finds its peers. Raises RuntimeError when rank 0 has none there."""
+    return TCPStore(host, port, None, is_master, timedelta(seconds=timeout_s), wait_for_workers=False)

@@ -67,6 +67,4 @@ def check_degree(config: ModelConfig, world: int) -> None:
     }
     for name, size in sizes.items():
         if size < world:
-            raise ConfigError(
-                f"the tensor-parallel degree is {world}; the model's {name} of {size} allows up to {size}"
-            )
+            raise ConfigError(f"the tensor-parallel degree is {world}; the model's {name} allows at most {size}")
