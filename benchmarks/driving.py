@@ -81,7 +81,7 @@ class Broadcast:
 def measure_driving(rounds: int = ROUNDS, steps: int = STEPS) -> dict[str, float]:
     """Microseconds a step, per way."""
     torch.set_num_threads(1)
-    store = open_store(HOST, 0, is_master=True, timeout_s=TIMEOUT_S)
+    store = open_store(HOST, None, TIMEOUT_S)
     listener = socket.create_server((HOST, 0))
     ports = (store.port, listener.getsockname()[1])
     follower = mp.get_context("spawn").Process(target=_follow, args=(*ports, rounds, steps), daemon=True)
@@ -120,7 +120,7 @@ def _follow(store_port: int, link_port: int, rounds: int, steps: int) -> None:
     lead = socket.create_connection((HOST, link_port), timeout=TIMEOUT_S)
     settle(lead, TIMEOUT_S)
     receivers: dict[str, Receiver | None] = {"lockstep": None, "sockets": SocketReceiver(lead)}
-    store = open_store(HOST, store_port, is_master=False, timeout_s=TIMEOUT_S)
+    store = open_store(HOST, store_port, TIMEOUT_S)
     group = Ranks(store, 1, 2, device=torch.device("cpu"), host=HOST, timeout_s=TIMEOUT_S)
     receivers["broadcast"] = Broadcast(store, 1)
     one = torch.ones(1)

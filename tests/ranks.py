@@ -10,9 +10,11 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 
+from deployments.engine.torch_tp import ranks
 from deployments.engine.torch_tp.group import Ranks
 from deployments.engine.torch_tp.lead import LeadEngine
 from deployments.engine.torch_tp.ranks import Meeting, Rendezvous, follow_rank, lead_rank, open_store
@@ -39,7 +41,7 @@ class Crew:
 
     def together(self, world: int, function: Callable[..., Answer], *arguments: object) -> list[Answer]:
         """What `function(group, *arguments)` returns on each rank, rank 0 first."""
-        store = open_store(HOST, 0, is_master=True, timeout_s=WAIT_S)
+        store = open_store(HOST, None, WAIT_S)
         for rank in range(1, world):
             self._send(rank, _in_group, store.port, rank, world, function, arguments)
         with closing(Ranks(store, 0, world, device=torch.device("cpu"), host=HOST, timeout_s=WAIT_S)) as group:
@@ -97,6 +99,13 @@ def follow_alone(pipe: Connection, folder: Path, rendezvous: Rendezvous, rank: i
     follow_rank(folder, rendezvous, rank=rank, device="cpu", slots=1)
 
 
+def follow_without_memory(pipe: Connection, folder: Path, rendezvous: Rendezvous, rank: int) -> None:
+    """A follower whose model does not fit."""
+    full = MemoryError("all 3 bytes are taken")
+    with mock.patch.object(ranks, "TorchEngine", side_effect=full):
+        follow_alone(pipe, folder, rendezvous, rank)
+
+
 def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
@@ -117,7 +126,7 @@ def _in_group(
     pipe: Connection, port: int, rank: int, world: int, function: Callable[..., Any], arguments: Sequence[object]
 ) -> None:
     try:
-        store = open_store(HOST, port, is_master=False, timeout_s=WAIT_S)
+        store = open_store(HOST, port, WAIT_S)
         with closing(Ranks(store, rank, world, device=torch.device("cpu"), host=HOST, timeout_s=WAIT_S)) as group:
             pipe.send(function(group, *arguments))
     except Exception as error:  # noqa: BLE001 - told to the test, which raises it

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -24,12 +27,15 @@ from cluster.checkpoint import LayerConfig, read_checkpoint
 from cluster.core import ModelCard
 from cluster.errors import ConfigError
 from deployments.engine.api import Engine, EngineJob
+from deployments.engine.torch_tp import weights
 from deployments.engine.torch_tp.engine import load_engine
 from deployments.engine.torch_tp.group import Ranks
 from deployments.engine.torch_tp.lead import LeadEngine
+from deployments.engine.torch_tp.link import join_lead
 from deployments.engine.torch_tp.ranks import Meeting, lead_rank
 from deployments.engine.torch_tp.shard import Shard, check_degree
 from deployments.engine.torch_tp.traffic import step_bytes
+from deployments.engine.torch_tp.weights import load_weights
 from tests.oracle import (
     TRAINED,
     RandomShape,
@@ -39,7 +45,7 @@ from tests.oracle import (
     trained_checkpoint,
     write_random_checkpoint,
 )
-from tests.ranks import HOST, WAIT_S, Crew, follow_alone, lead_alone, spawn
+from tests.ranks import HOST, WAIT_S, Crew, follow_alone, follow_without_memory, lead_alone, spawn
 
 DEGREES = (2, 4)
 MAX_LOGIT_DIFFERENCE = 1e-4
@@ -219,6 +225,58 @@ def test_a_rank_that_never_comes_is_named(tiny: Path) -> None:
         lead_rank(tiny, Meeting(HOST, 4, start_timeout_s=0.2), device="cpu")
 
 
+def test_a_stranger_without_the_key_is_not_taken_for_a_rank(tiny: Path) -> None:
+    meeting = Meeting(HOST, 2, start_timeout_s=1.0)
+    with ThreadPoolExecutor(1) as pool:
+        stranger = pool.submit(join_lead, HOST, meeting.rendezvous.link_port, b"guessed", 1, WAIT_S)
+        with pytest.raises(RuntimeError, match="rank 1 did not come"):
+            lead_rank(tiny, meeting, device="cpu")
+        with pytest.raises(ConnectionError):
+            stranger.result(WAIT_S)
+
+
+def test_what_a_follower_cannot_load_is_said_by_the_lead(tiny: Path) -> None:
+    meeting = Meeting(HOST, 2, start_timeout_s=WAIT_S)
+    process, _ = spawn(follow_without_memory, tiny, meeting.rendezvous, 1)
+    with pytest.raises(RuntimeError, match="rank 1 cannot start: MemoryError: all 3 bytes are taken"):
+        lead_rank(tiny, meeting, device="cpu", slots=1)
+    process.join(WAIT_S)
+    assert process.exitcode == 1
+
+
+def test_a_rank_reads_its_part_of_the_files_and_no_more(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, read = read_checkpoint(tiny), list[int]()
+    plain = weights._OpenFiles.tensor
+
+    def counted(files: weights._OpenFiles, file: Path, name: str, part: tuple[slice, ...]) -> torch.Tensor:
+        tensor = plain(files, file, name, part)
+        read[-1] += tensor.numel()
+        return tensor
+
+    monkeypatch.setattr(weights._OpenFiles, "tensor", counted)
+    for shard in (Shard(), *(Shard(rank, 4) for rank in range(4))):
+        read.append(0)
+        load_weights(checkpoint, torch.float32, torch.device("cpu"), shard)
+
+    def size(pattern: str) -> int:
+        names = (name for name in checkpoint.tensors if re.search(pattern, name))
+        return sum(math.prod(checkpoint.tensors[name].shape) for name in names)
+
+    # Norms, routers and scalars are on every rank, and with two kv heads for four ranks a kv head is on two.
+    everywhere = size(r"decoder.*(norm|router|layer_scalar)")
+    assert sum(read[1:]) == read[0] + 3 * everywhere + size(r"decoder.*[kv]_proj")
+    assert max(read[1:]) < 0.3 * read[0]
+
+
+@pytest.mark.parametrize(("world", "sent_bytes"), [(2, 132_656_640), (4, 199_000_320), (8, 232_202_880)])
+def test_the_traffic_of_the_large_model_is_as_documented(tiny: Path, world: int, sent_bytes: int) -> None:
+    config = read_checkpoint(tiny).config
+    large = replace(config, hidden_size=2816, canvas_tokens=256, layers=config.layers[:1] * 30)
+    assert step_bytes(large, world, canvases=1, encode_tiles=0, element_bytes=2) == sent_bytes
+    page = Path(__file__).parents[2] / "docs" / "tensor-parallelism.md"
+    assert f"| {world} | {sent_bytes / 1e6:.1f} MB |" in page.read_text()
+
+
 @contextmanager
 def pair(folder: Path, step_timeout_s: float) -> Iterator[tuple[LeadEngine, BaseProcess]]:
     """Rank 0 here, and rank 1 in a process that this test may hurt."""
@@ -249,8 +307,8 @@ def test_a_killed_follower_breaks_the_leads_step(tiny: Path) -> None:
         assert engine.lost() is None
         process.kill()
         process.join()
-        assert engine.lost() == "ranks 1 have left"
-        with pytest.raises(RuntimeError, match="tensor-parallel group broke: ranks 1 have left"):
+        assert engine.lost() == "rank 1 left"
+        with pytest.raises(RuntimeError, match="tensor-parallel group broke: rank 1 left"):
             engine.step()
 
 

@@ -104,7 +104,7 @@ class Ranks:
 
     def close(self) -> None:
         if self._backend is not None:
-            self._backend.shutdown()
+            self._backend.abort()
             self._backend = None
 
 

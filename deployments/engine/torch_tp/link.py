@@ -16,8 +16,9 @@ import secrets
 import select
 import socket
 import struct
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -58,28 +59,26 @@ class SocketSender:
     """Sender over TCP. `followers` are authenticated sockets, of ranks 1, 2, ... in order."""
 
     def __init__(self, followers: Sequence[socket.socket]) -> None:
-        self._followers = list(followers)
-        self._poll = select.poll()
-        self._ranks = {follower.fileno(): rank for rank, follower in enumerate(followers, start=1)}
-        for descriptor in self._ranks:
-            self._poll.register(descriptor, select.POLLIN | select.POLLRDHUP)
+        self._followers = dict(enumerate(followers, start=1))
+        # Health checks ask `lost` on a thread of their own.
+        self._lock = threading.Lock()
 
     def wait_ready(self, timeout_s: float) -> None:
         """Waits until every follower has called `ready`. Raises RuntimeError with what the first failing one said."""
-        deadline_s, waiting = time.monotonic() + timeout_s, set(self._ranks)
+        deadline_s, waiting = time.monotonic() + timeout_s, set(self._followers)
         while waiting:
-            events = self._poll.poll(max(0.0, deadline_s - time.monotonic()) * 1000)
-            if not events:
-                raise RuntimeError(f"ranks {_names(self._ranks[one] for one in waiting)} not ready after {timeout_s} s")
-            for descriptor, _ in events:
-                rank = self._ranks[descriptor]
+            left_s = max(0.0, deadline_s - time.monotonic())
+            speaking = _readable({rank: self._followers[rank] for rank in waiting}, left_s)
+            if not speaking:
+                raise RuntimeError(f"{rank_names(waiting)} not ready after {timeout_s} s")
+            for rank in speaking:
                 try:
-                    trouble = read_frame(self._followers[rank - 1])
+                    trouble = read_frame(self._followers[rank])
                 except OSError as error:
                     raise RuntimeError(f"rank {rank} left while it loaded: {error}") from None
                 if trouble:
                     raise RuntimeError(f"rank {rank} cannot start: {trouble.decode(errors='replace')}")
-                waiting.discard(descriptor)
+            waiting.difference_update(speaking)
 
     def send(self, log: Sequence[Command]) -> None:
         gone = self.lost()
@@ -87,22 +86,23 @@ class SocketSender:
             raise RuntimeError(gone)
         body = pickle.dumps(tuple(log)) if log else b""
         frame = HEADER.pack(len(body)) + body
-        for follower in self._followers:
+        for follower in self._followers.values():
             follower.sendall(frame)
 
     def lost(self) -> str | None:
         # Followers say nothing once they are ready: whatever there is to read is the end of a connection.
-        gone = [self._ranks[descriptor] for descriptor, _ in self._poll.poll(0)]
-        return f"ranks {_names(gone)} have left" if gone else None
+        with self._lock:
+            gone = _readable(self._followers, 0.0)
+        return f"{rank_names(gone)} left" if gone else None
 
     def close(self, *, goodbye: bool) -> None:
-        for follower in self._followers:
+        with self._lock:
+            followers, self._followers = self._followers, {}
+        for follower in followers.values():
             with suppress(OSError):
                 if goodbye:
                     follower.sendall(HEADER.pack(CLOSE))
-                self._poll.unregister(follower)
             follower.close()
-        self._followers.clear()
 
 
 class SocketReceiver:
@@ -204,5 +204,14 @@ def _proof(key: bytes, side: bytes, first: bytes, second: bytes) -> bytes:
     return hmac.digest(key, side + first + second, "sha256")
 
 
-def _names(ranks: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(ranks)))
+def _readable(peers: Mapping[int, socket.socket], timeout_s: float) -> list[int]:
+    """The ranks from which there is something to read, the end of the connection included."""
+    poll, ranks = select.poll(), {peer.fileno(): rank for rank, peer in peers.items()}
+    for descriptor in ranks:
+        poll.register(descriptor, select.POLLIN | select.POLLRDHUP)
+    return sorted(ranks[descriptor] for descriptor, _ in poll.poll(timeout_s * 1000))
+
+
+def rank_names(ranks: Iterable[int]) -> str:
+    names = [str(rank) for rank in sorted(ranks)]
+    return f"rank {names[0]}" if len(names) == 1 else f"ranks {', '.join(names)}"

@@ -35,6 +35,7 @@ from deployments.engine.torch_tp.link import (
     SocketSender,
     accept_follower,
     join_lead,
+    rank_names,
     read_frame,
     send_frame,
     settle,
@@ -77,7 +78,7 @@ class Meeting:
         start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         self.listener = socket.create_server((host, 0))
-        self.store = open_store(host, 0, is_master=True, timeout_s=start_timeout_s)
+        self.store = open_store(host, None, start_timeout_s)
         self.rendezvous = Rendezvous(
             host=host,
             store_port=self.store.port,
@@ -155,7 +156,7 @@ def _load_follower(
         raise ConfigError(refusal)
     settle(lead, place.step_timeout_s)
     try:
-        store = open_store(place.host, place.store_port, is_master=False, timeout_s=place.start_timeout_s)
+        store = open_store(place.host, place.store_port, place.start_timeout_s)
         # Peers reach this rank where it reaches rank 0 from.
         engine = _engine(checkpoint, settings, store, place, rank=rank, host=lead.getsockname()[0])
     except Exception as error:
@@ -192,8 +193,8 @@ def _gather_followers(meeting: Meeting, facts: dict[str, Any]) -> list[socket.so
             try:
                 arrived = accept_follower(meeting.listener, place.key, max(left_s, 0.001))
             except TimeoutError:
-                missing = ", ".join(map(str, sorted(wanted - found.keys())))
-                raise RuntimeError(f"ranks {missing} did not come within {place.start_timeout_s} s") from None
+                missing = rank_names(wanted - found.keys())
+                raise RuntimeError(f"{missing} did not come within {place.start_timeout_s} s") from None
             if arrived is not None:
                 _welcome(arrived[0], arrived[1], wanted - found.keys(), facts)
                 settle(arrived[1], place.step_timeout_s)
@@ -213,7 +214,7 @@ def _welcome(rank: int, peer: socket.socket, wanted: set[int], facts: dict[str, 
         name = different[0]
         refusal = f"rank {rank} has {name} {theirs.get(name)}, rank 0 has {facts[name]}; all ranks must be alike"
     elif rank not in wanted:
-        refusal = f"rank {rank} came, but the ranks that are missing are {sorted(wanted)}"
+        refusal = f"rank {rank} came, but the group waits for {rank_names(wanted)}"
     send_frame(peer, refusal.encode())
     if refusal:
         peer.close()
@@ -231,6 +232,15 @@ def _engine(
         raise
 
 
-def open_store(host: str, port: int, *, is_master: bool, timeout_s: float) -> TCPStore:
-    """The key-value store over which a backend finds its peers. Raises RuntimeError when rank 0 has none there."""
-    return TCPStore(host, port, None, is_master, timedelta(seconds=timeout_s), wait_for_workers=False)
+def open_store(host: str, port: int | None, timeout_s: float) -> TCPStore:
+    """The key-value store over which a backend finds its peers: a new one on `host` only, or rank 0's at `port`.
+
+    Raises RuntimeError when there is none.
+    """
+    bound = timedelta(seconds=timeout_s)
+    if port is not None:
+        return TCPStore(host, port, None, False, bound, wait_for_workers=False)
+    listener = socket.create_server((host, 0))
+    port = int(listener.getsockname()[1])
+    # Left to itself, the store listens on all addresses. It takes over the socket.
+    return TCPStore(host, port, None, True, bound, wait_for_workers=False, master_listen_fd=listener.detach())
