@@ -22,6 +22,7 @@ Decision = Callable[[Tensor, StepInputs], StepOutputs]
 # A token as digits that every run dtype holds exactly: bfloat16 has all integers up to 256.
 DIGIT = 256
 TOKEN_DIGITS = 3
+SMALLEST = 2.0**-149
 
 
 def decision(model: Model, group: Group) -> Decision:
@@ -91,8 +92,10 @@ class ShardedVocabulary:
         own, weights = self._look(self._model.logits(hidden).div_(inputs.temperatures))
         gathered = ShardStats(*self._group.gather(torch.stack(own)).unbind(1))
         peak = gathered.peak.amax(dim=0)
-        # Within [0, 1]: how much a shard's weights count once they refer to the common peak.
+        # Within [0, 1]: how much a shard's weights count once they refer to the common peak. On one rank, what is
+        # below float32's smallest number has no probability: no draw, however small, may find it here.
         factors = (gathered.peak - peak).exp()
+        factors.masked_fill_(factors < SMALLEST, 0.0)
         cdf = (factors * gathered.mass).cumsum(dim=0)
         entropy = _entropy(gathered, peak, factors, cdf[-1])
         accept = accepted_positions(entropy, inputs.entropy_bounds)
