@@ -114,7 +114,6 @@ def _gloo(store: Store, rank: int, world: int, host: str, timeout: timedelta) ->
     # Without it gloo takes what this machine's own name resolves to, often an address of the loopback.
     options._devices = [backend.create_device(hostname=host)]
     options._timeout = timeout
-    options._threads = 1
     return backend(store, rank, world, options)
 
 
