@@ -109,10 +109,11 @@ class Bench:
         reference = Reference(self._reference, self.checkpoint, concurrency)
         prompts = mixed_prompts(self.checkpoint, jobs)
         reference.generate(prompts[:concurrency])
+        # CPU time, so that a busy machine does not make the load lighter.
         together = serve_with_engine(engine, [Arrival(0.0, prompt) for prompt in prompts])
         point = Point(concurrency, [], [])
         for number in range(rounds):
-            arrivals = poisson_arrivals(prompts, OFFERED_LOAD * jobs / together.wall_s, seed=number)
+            arrivals = poisson_arrivals(prompts, OFFERED_LOAD * jobs / together.cpu_s, seed=number)
             point.ours.append(serve_with_engine(engine, arrivals))
             point.theirs.append(serve_with_reference(reference, arrivals, concurrency))
         return point
