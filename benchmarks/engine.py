@@ -56,7 +56,11 @@ def measure_engine_ratios(checkpoint_path: Path = CHECKPOINT, rounds: int = ROUN
     torch.set_num_threads(1)
     try:
         checkpoint = read_checkpoint(checkpoint_path)
-        engines = {size: TorchEngine(checkpoint, EngineSettings(slots=size, device="cpu")) for size in (1, BATCH)}
+        # Rounds repeat their prompts, which must not pay.
+        engines = {
+            size: TorchEngine(checkpoint, EngineSettings(slots=size, device="cpu", prefix_reuse=False))
+            for size in (1, BATCH)
+        }
         reference = load_reference(checkpoint_path)
         prompts = mixed_prompts(checkpoint, PROMPTS)
         figures = {}

@@ -1,7 +1,7 @@
 """Throughput and latency over concurrency, as PNGs for docs/performance.md: `make plots`.
 
-Each point is one round of benchmarks.serving at that concurrency: Poisson arrivals, the engine and transformers on
-the same jobs, one thread. The last line is one JSON object with the numbers that were drawn.
+Each point is the round of median throughput of benchmarks.serving at that concurrency: Poisson arrivals, the engine
+and transformers on the same jobs, one thread. The last line is one JSON object with the numbers that were drawn.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.serving import Bench, Point, Served, one_thread
+from benchmarks.serving import JOBS, Bench, Point, Served, one_thread
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "img"
-# Concurrency -> jobs: enough that arrivals, not the ends of the run, make the figure.
-JOBS = {1: 12, 2: 16, 4: 24, 8: 32, 16: 48, 32: 64}
 OURS, THEIRS = "#0b6e99", "#b3541e"
 Curve = tuple[str, str, str, Callable[[Point], float]]
 
@@ -27,15 +25,20 @@ def main() -> None:
     arguments = parser.parse_args()
     with one_thread():
         bench = Bench()
-        points = [bench.point(size, JOBS[size], rounds=1) for size in arguments.concurrency]
+        points = [bench.point(size) for size in arguments.concurrency]
     for path in draw(points, arguments.folder):
         print(path)
     print(json.dumps([numbers_of(point) for point in points]))
 
 
+def typical(rounds: Sequence[Served]) -> Served:
+    """The round of median throughput."""
+    return sorted(rounds, key=lambda served: served.tokens_per_s)[len(rounds) // 2]
+
+
 def numbers_of(point: Point) -> dict[str, float]:
     """What is drawn of one point."""
-    sides = {"engine": point.ours[0], "transformers": point.theirs[0]}
+    sides = {"engine": typical(point.ours), "transformers": typical(point.theirs)}
     numbers: dict[str, float] = {"concurrency": point.concurrency}
     for name, served in sides.items():
         numbers[f"{name}_tokens_per_s"] = round(served.tokens_per_s, 1)
@@ -47,12 +50,12 @@ def draw(points: Sequence[Point], folder: Path) -> list[Path]:
     """Writes throughput.png and latency.png into `folder` and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     throughput: list[Curve] = [
-        ("Easel", OURS, "-", lambda point: point.ours[0].tokens_per_s),
-        ("transformers generate", THEIRS, "-", lambda point: point.theirs[0].tokens_per_s),
+        ("Easel", OURS, "-", lambda point: typical(point.ours).tokens_per_s),
+        ("transformers generate", THEIRS, "-", lambda point: typical(point.theirs).tokens_per_s),
     ]
     latency: list[Curve] = [
-        *_latency_curves("Easel", OURS, lambda point: point.ours[0]),
-        *_latency_curves("transformers generate", THEIRS, lambda point: point.theirs[0]),
+        *_latency_curves("Easel", OURS, lambda point: typical(point.ours)),
+        *_latency_curves("transformers generate", THEIRS, lambda point: typical(point.theirs)),
     ]
     return [
         _figure(points, throughput, "tokens per second", folder / "throughput.png"),

@@ -1,7 +1,7 @@
 """Serving under Poisson arrivals: the engine against transformers' generate, and prefix reuse on against off.
 
-At a concurrency of N, jobs of mixed tasks arrive as a Poisson process (seeded, the same for both sides), a quarter
-faster than the engine finishes them, and at most N are in flight. The engine has N slots and takes a job at the next
+At a concurrency of N, jobs of mixed tasks arrive as a Poisson process (seeded, the same for both sides), twice as
+fast as the engine finishes them, and at most N are in flight. The engine has N slots and takes a job at the next
 step after its arrival. transformers takes whatever has arrived when it is free, up to N in a left-padded batch, as
 people run it. Only useful tokens count, those of an answer before its EOS; latency is from arrival to the whole
 answer. One process, one thread, float32; sides alternate, and figures are medians of the rounds' ratios. The last
@@ -37,10 +37,11 @@ from cluster.core import SamplingParams
 from deployments.engine.api import EngineJob
 from deployments.engine.torch_tp.engine import EngineSettings, TorchEngine
 
+# Jobs at most in flight -> jobs of a round: enough that arrivals, and not the ends of a round, make the figure.
+JOBS = {1: 16, 2: 24, 4: 40, 8: 64, 16: 96, 32: 160}
 CONCURRENCIES = (1, 8, 32)
-# Above 1, so that jobs wait for slots and not slots for jobs.
-OFFERED_LOAD = 1.25
-JOBS = {1: 12, 8: 32, 32: 64}
+# Well above 1, so that N are soon in flight, and jobs wait for slots and not slots for jobs.
+OFFERED_LOAD = 2.0
 ROUNDS = 3
 PREFIX_TOKENS = 400
 PREFIX_JOBS = 24
@@ -103,14 +104,16 @@ class Bench:
         self.checkpoint = read_checkpoint(path)
         self._reference: Any = load_reference(path)
 
-    def point(self, concurrency: int, jobs: int, rounds: int = ROUNDS) -> Point:
-        """Both sides at one concurrency, on `jobs` arrivals a round."""
-        engine = make_engine(self.checkpoint, concurrency)
+    def point(self, concurrency: int, rounds: int = ROUNDS) -> Point:
+        """Both sides at one of the concurrencies in JOBS."""
+        jobs = JOBS[concurrency]
+        # Rounds repeat their prompts, which must not pay.
+        engine = make_engine(self.checkpoint, concurrency, prefix_reuse=False)
         reference = Reference(self._reference, self.checkpoint, concurrency)
         prompts = mixed_prompts(self.checkpoint, jobs)
         reference.generate(prompts[:concurrency])
         # CPU time, so that a busy machine does not make the load lighter.
-        together = serve_with_engine(engine, [Arrival(0.0, prompt) for prompt in prompts])
+        together = [serve_with_engine(engine, [Arrival(0.0, prompt) for prompt in prompts]) for _ in range(2)][-1]
         point = Point(concurrency, [], [])
         for number in range(rounds):
             arrivals = poisson_arrivals(prompts, OFFERED_LOAD * jobs / together.cpu_s, seed=number)
@@ -181,7 +184,7 @@ def measure_serving_ratios(bench: Bench | None = None) -> dict[str, float]:
     """tokens/s and median latency of the engine over transformers, under Poisson arrivals."""
     with one_thread():
         bench = bench or Bench()
-        points = [bench.point(size, JOBS[size]) for size in CONCURRENCIES]
+        points = [bench.point(size) for size in CONCURRENCIES]
     figures = {f"poisson_over_transformers_{point.concurrency}": point.throughput_ratio for point in points}
     latencies = {f"poisson_latency_over_transformers_{point.concurrency}": point.latency_ratio for point in points}
     return figures | latencies
