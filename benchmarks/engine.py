@@ -56,12 +56,16 @@ def measure_engine_ratios(checkpoint_path: Path = CHECKPOINT, rounds: int = ROUN
     torch.set_num_threads(1)
     try:
         checkpoint = read_checkpoint(checkpoint_path)
-        engines = {size: TorchEngine(checkpoint, EngineSettings(slots=size, device="cpu")) for size in (1, BATCH)}
-        reference = _load_reference(checkpoint_path)
+        # Rounds repeat their prompts, which must not pay.
+        engines = {
+            size: TorchEngine(checkpoint, EngineSettings(slots=size, device="cpu", prefix_reuse=False))
+            for size in (1, BATCH)
+        }
+        reference = load_reference(checkpoint_path)
         prompts = mixed_prompts(checkpoint, PROMPTS)
         figures = {}
         for size, engine in engines.items():
-            ours, theirs = _Ours(engine, checkpoint), _Reference(reference, checkpoint, size)
+            ours, theirs = _Ours(engine, checkpoint), Reference(reference, checkpoint, size)
             figures[f"engine_over_transformers_{size}"] = _median_ratio(ours.run, theirs.run, prompts, rounds)
         return figures
     finally:
@@ -134,8 +138,8 @@ class _Ours:
         return Timing(sum(useful_tokens(answer, self._card.eos_token_ids) for answer in answers.values()), seconds)
 
 
-class _Reference:
-    """transformers' generate on static batches of `size`."""
+class Reference:
+    """transformers' generate on static batches of at most `size` prompts."""
 
     def __init__(self, model: Any, checkpoint: Checkpoint, size: int) -> None:  # noqa: ANN401 - has no usable types
         self._model, self._card, self._size = model, checkpoint.card, size
@@ -144,10 +148,11 @@ class _Reference:
         torch.manual_seed(0)
         tokens, start_s = 0, time.perf_counter()
         for first in range(0, len(prompts), self._size):
-            tokens += self._generate(prompts[first : first + self._size])
+            tokens += sum(self.generate(prompts[first : first + self._size]))
         return Timing(tokens, time.perf_counter() - start_s)
 
-    def _generate(self, prompts: Sequence[Prompt]) -> int:
+    def generate(self, prompts: Sequence[Prompt]) -> list[int]:
+        """The useful tokens of each answer of one batch."""
         longest = max(map(len, prompts))
         ids = torch.full((len(prompts), longest), self._card.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -158,10 +163,11 @@ class _Reference:
         masked = {} if bool(mask.all()) else {"attention_mask": mask}
         output = self._model.generate(ids, max_new_tokens=MAX_NEW_TOKENS, **masked)
         answers = output.sequences[:, longest:].tolist()
-        return sum(useful_tokens(answer, self._card.eos_token_ids) for answer in answers)
+        return [useful_tokens(answer, self._card.eos_token_ids) for answer in answers]
 
 
-def _load_reference(path: Path) -> Any:  # noqa: ANN401 - transformers has no usable types
+def load_reference(path: Path) -> Any:  # noqa: ANN401 - transformers has no usable types
+    """transformers' model in float32."""
     from transformers.models.diffusion_gemma import modeling_diffusion_gemma as reference  # noqa: PLC0415 - dev only
 
     with warnings.catch_warnings():

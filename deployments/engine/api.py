@@ -88,7 +88,12 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the engine was made."""
+    """Counters since the engine was made, but for `active_jobs` and the pages, which are of now.
+
+    `prefill_tokens` is context that was computed: prompts, and committed canvases of jobs that run or come back. Of
+    `prefix_lookup_tokens`, the context that jobs came with, `prefix_hit_tokens` was in the cache already; an engine
+    without prefix reuse leaves both 0. `pages_used` are those of active jobs, shared ones counted once.
+    """
 
     denoising_steps: int = 0
     canvas_steps: int = 0
@@ -97,6 +102,8 @@ class EngineStats:
     active_jobs: int = 0
     pages_used: int = 0
     pages_total: int = 0
+    prefix_lookup_tokens: int = 0
+    prefix_hit_tokens: int = 0
 
 
 class Engine(Protocol):

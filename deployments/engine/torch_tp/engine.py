@@ -23,13 +23,14 @@ from deployments.engine.api import (
     EngineStats,
     StepReport,
 )
-from deployments.engine.torch_tp.cache import KVCache, pages_for, rows_of
+from deployments.engine.torch_tp.cache import JobPages, KVCache
 from deployments.engine.torch_tp.decision import decision
 from deployments.engine.torch_tp.group import Group, Solo
 from deployments.engine.torch_tp.job import ActiveJob
 from deployments.engine.torch_tp.model import Model
 from deployments.engine.torch_tp.payload import CanvasState, pack, unpack
 from deployments.engine.torch_tp.plan import Planner, Tile
+from deployments.engine.torch_tp.prefill import PrefillQueue
 from deployments.engine.torch_tp.sampler import StepInputs, StepOutputs, temperature
 from deployments.engine.torch_tp.shard import Shard, check_degree
 from deployments.engine.torch_tp.weights import load_weights
@@ -44,7 +45,8 @@ class EngineSettings:
 
     `max_context_tokens` bounds prompt and answer of one job and, with `slots`, the size of the KV cache; None takes
     what the model was made for. `prefill_tiles_per_step` bounds how much of the waiting prompts joins one step, so
-    that a long prompt holds up the canvases in progress by no more than that. Raises ConfigError.
+    that a long prompt holds up the canvases in progress by no more than that. `prefix_reuse` shares what jobs have in
+    common at the start of their contexts; it changes no token. Raises ConfigError.
     """
 
     slots: int = 8
@@ -52,6 +54,7 @@ class EngineSettings:
     device: str = "auto"
     max_context_tokens: int | None = None
     prefill_tiles_per_step: int = 4
+    prefix_reuse: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -107,13 +110,22 @@ class TorchEngine:
             weights = load_weights(checkpoint, dtype, device, shard)
             self._model = Model(config, weights, context_tokens, group)
             self._decide = decision(self._model, group)
-            self._cache = KVCache(config.layers, settings.slots, config.canvas_tokens, context_tokens, dtype, device)
+            self._cache = KVCache(
+                config.layers,
+                settings.slots,
+                config.canvas_tokens,
+                context_tokens,
+                dtype,
+                device,
+                settings.prefix_reuse,
+            )
             # One row more than slots: it stays zero, and a canvas's first step reads it.
             shape = (settings.slots + 1, config.canvas_tokens, config.hidden_size)
             self._soft = torch.zeros(shape, dtype=dtype, device=device)
         self._planner = Planner(config, context_tokens, dtype, device)
         self._free_slots = list(range(settings.slots - 1, -1, -1))
         self._jobs: dict[str, ActiveJob] = {}
+        self._prefill = PrefillQueue(settings.prefill_tiles_per_step)
         self._denoising_steps = self._canvas_steps = self._canvases = self._prefill_tokens = 0
 
     @property
@@ -135,14 +147,12 @@ class TorchEngine:
         canvases = self._card.canvases_for(job.sampling.max_new_tokens)
         # The last canvas is never context, so it needs no pages.
         reach_tokens = len(job.prompt_tokens) + (canvases - 1) * self._card.canvas_tokens
-        pages = self._cache.allocator.take(pages_for(reach_tokens))
         slot = self._free_slots.pop()
         active = ActiveJob(
             spec=job,
             slot=slot,
             canvases=canvases,
-            pages=pages,
-            rows=rows_of(pages),
+            pages=JobPages(self._cache, reach_tokens),
             canvas_rows=self._cache.canvas_rows[slot],
             vocab_size=self._card.vocab_size,
         )
@@ -151,6 +161,7 @@ class TorchEngine:
             with torch.inference_mode():
                 self._soft[slot] = torch.from_numpy(state.soft)
         self._jobs[job.job_id] = active
+        self._prefill.add(active)
 
     def step(self) -> StepReport:
         """See `Engine.step`."""
@@ -159,6 +170,7 @@ class TorchEngine:
             return StepReport()
         with torch.inference_mode():
             tokens, numbers = self._run(tiles, ready)
+        self._cache.index.settle()
         self._denoising_steps += 1
         self._canvas_steps += len(ready)
         self._prefill_tokens += sum(tile.valid for tile in tiles if not tile.denoises)
@@ -177,7 +189,8 @@ class TorchEngine:
         """See `Engine.stop`."""
         job = self._jobs.pop(job_id, None)
         if job is not None:
-            self._cache.allocator.give_back(job.pages)
+            job.pages.release()
+            self._prefill.remove(job)
             self._free_slots.append(job.slot)
 
     def checkpoint(self, job_id: str) -> CanvasCheckpoint | None:
@@ -197,7 +210,7 @@ class TorchEngine:
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
-        allocator = self._cache.allocator
+        allocator, index = self._cache.allocator, self._cache.index
         return EngineStats(
             denoising_steps=self._denoising_steps,
             canvas_steps=self._canvas_steps,
@@ -206,6 +219,8 @@ class TorchEngine:
             active_jobs=len(self._jobs),
             pages_used=allocator.used,
             pages_total=allocator.total,
+            prefix_lookup_tokens=index.lookup_tokens,
+            prefix_hit_tokens=index.hit_tokens,
         )
 
     def close(self) -> None:
@@ -225,13 +240,9 @@ class TorchEngine:
 
         A commit's tile always runs, because its job waits for nothing else; prompts share a budget of tiles.
         """
-        budget = self._settings.prefill_tiles_per_step
-        chosen: list[tuple[Tile, ActiveJob | None]] = []
+        commits = [job.next_tile() for job in self._jobs.values() if job.prefilled and job.waiting]
+        chosen: list[tuple[Tile, ActiveJob | None]] = [(tile, None) for tile in commits + self._prefill.choose()]
         for job in self._jobs.values():
-            is_commit = job.prefilled and bool(job.waiting)
-            while job.waiting and (budget or is_commit):
-                chosen.append((job.waiting.popleft(), None))
-                budget -= 0 if is_commit else 1
             if not job.waiting:
                 job.prefilled = True
                 chosen.append((job.denoise_tile(), job))

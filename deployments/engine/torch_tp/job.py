@@ -10,42 +10,49 @@ from numpy.typing import NDArray
 
 from deployments.engine.api import EngineJob, Progress
 from deployments.engine.randomness import initial_canvas, step_draws
-from deployments.engine.torch_tp.cache import TRASH_ROW
+from deployments.engine.torch_tp.cache import TRASH_ROW, JobPages
 from deployments.engine.torch_tp.payload import CanvasState
 from deployments.engine.torch_tp.plan import Tile
+from deployments.engine.torch_tp.prefix import Part, next_part
 
 IntArray = NDArray[np.int64]
 
 
 @dataclass(slots=True)
 class ActiveJob:
-    """A job in a slot. Invariant: `waiting` tiles cover the positions from the encoded context to `context_tokens`.
+    """A job in a slot. Invariant: `waiting` parts cover the positions from the encoded context to the context's end.
 
-    `rows` int64 are the cache rows of its positions; `pages` are what it owns. `step` counts the finished steps of
-    the canvas in progress; `tokens` is that canvas as the next step reads it, `argmax` the last step's prediction.
+    `pages` hold its context. `step` counts the finished steps of the canvas in progress; `tokens` is that canvas as
+    the next step reads it, `argmax` the last step's prediction.
     """
 
     spec: EngineJob
     slot: int
     canvases: int
-    pages: list[int]
-    rows: IntArray
+    pages: JobPages
     canvas_rows: IntArray
     vocab_size: int
     prefilled: bool = False
-    context_tokens: int = 0
     canvas_index: int = 0
     step: int = 0
     unchanged_steps: int = 0
     tokens: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     argmax: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    waiting: deque[Tile] = field(default_factory=deque)
+    waiting: deque[Part] = field(default_factory=deque)
+    last_part: Part | None = None
+
+    @property
+    def context_tokens(self) -> int:
+        """Where the canvas in progress starts."""
+        return 0 if self.last_part is None else self.last_part.end
 
     def begin(self, state: CanvasState | None) -> None:
-        """Queues the prompt and every committed canvas, tiled as in a run without interruption."""
+        """Queues the prompt and every committed canvas, tiled as in a run without interruption, and takes its pages."""
         self._encode(np.array(self.spec.prompt_tokens, dtype=np.int64))
         for canvas in self.spec.committed:
             self._encode(np.array(canvas, dtype=np.int64))
+        self.pages.count_lookup(self.context_tokens)
+        self.adopt()
         self.canvas_index = len(self.spec.committed)
         if state is None:
             self._new_canvas()
@@ -64,9 +71,28 @@ class ActiveJob:
             tokens=self.tokens,
             start=self.context_tokens,
             valid=len(self.canvas_rows),
-            context_rows=self.rows,
+            context_rows=self.pages.rows,
             write_rows=self.canvas_rows,
             slot=self.slot,
+        )
+
+    def adopt(self) -> None:
+        """Lets go of waiting parts that another job has computed."""
+        for _ in range(self.pages.adopt(self.waiting)):
+            self.waiting.popleft()
+
+    def next_tile(self) -> Tile:
+        """The first waiting part, to be encoded by the step that is being made."""
+        part = self.waiting.popleft()
+        missing = len(self.canvas_rows) - len(part.tokens)
+        rows = self.pages.rows
+        self.pages.remember(part)
+        return Tile(
+            tokens=np.pad(part.tokens, (0, missing)),
+            start=part.start,
+            valid=len(part.tokens),
+            context_rows=rows,
+            write_rows=np.pad(rows[part.start : part.end], (0, missing), constant_values=TRASH_ROW),
         )
 
     def draws(self) -> tuple[NDArray[np.float64], IntArray]:
@@ -106,16 +132,5 @@ class ActiveJob:
     def _encode(self, tokens: IntArray) -> None:
         size = len(self.canvas_rows)
         for first in range(0, len(tokens), size):
-            part = tokens[first : first + size]
-            start, valid = self.context_tokens, len(part)
-            rows = self.rows[start : start + valid]
-            self.waiting.append(
-                Tile(
-                    tokens=np.pad(part, (0, size - valid)),
-                    start=start,
-                    valid=valid,
-                    context_rows=self.rows,
-                    write_rows=np.pad(rows, (0, size - valid), constant_values=TRASH_ROW),
-                )
-            )
-            self.context_tokens += valid
+            self.last_part = next_part(self.last_part, tokens[first : first + size])
+            self.waiting.append(self.last_part)
