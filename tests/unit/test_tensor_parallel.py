@@ -167,7 +167,8 @@ def test_a_rank_sends_as_many_bytes_as_the_formula_says(tiny: Path, degree: int,
     with closing(crew.lead(tiny, degree, slots=3)) as engine:
         group = engine._engine._group  # type: ignore[attr-defined]  # the count is nobody else's business
         for active in (1, 2, 3):
-            engine.start(replace(endless(engine.card), job_id=str(active)))
+            # A prompt of its own, or there would be nothing to compute of it.
+            engine.start(replace(endless(engine.card), job_id=str(active), prompt_tokens=(2, 3, 40 + active, 4)))
             before = group.sent_bytes
             engine.step()
             assert group.sent_bytes - before == step_bytes(config, degree, active, 1, 4), "a step with a prompt"
