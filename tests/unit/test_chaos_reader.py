@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from cluster.chaos import reader as reader_module
@@ -9,6 +11,7 @@ from cluster.chaos.jobs import ChaosJob, Style
 from cluster.chaos.reader import Reader
 from cluster.chaos.transcript import Transcript
 from cluster.chaos.verdict import Ending, judge
+from cluster.client import EaselClient
 from tests.unit.fake_router import FakeRouter, serve
 
 PROMPT = "hello!"
@@ -79,6 +82,7 @@ async def test_a_call_that_the_client_gives_up_is_counted_and_made_again(
     style: Style, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reader_module, "_REPEAT_S", 0.01)
+    monkeypatch.setattr(reader_module, "EaselClient", partial(EaselClient, patience_s=0))
     router = FakeRouter()
     router.unavailable_calls = 6
     notes = await read(router, job(style))
