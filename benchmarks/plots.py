@@ -11,8 +11,6 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.serving import JOBS, Bench, Point, Served, one_thread
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "img"
@@ -82,8 +80,8 @@ def _figure(points: Sequence[Point], curves: Sequence[Curve], unit: str, path: P
     for label, colour, line, value in curves:
         axes.plot(sizes, [value(point) for point in points], color=colour, linestyle=line, marker="o", label=label)
     axes.set_xscale("log", base=2)
-    values = [line.get_ydata() for line in axes.lines]
-    if np.max(values) > 10 * np.min(values):
+    values = [value(point) for *_, value in curves for point in points]
+    if max(values) > 10 * min(values):
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
