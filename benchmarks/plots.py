@@ -80,7 +80,11 @@ def _figure(points: Sequence[Point], curves: Sequence[Curve], unit: str, path: P
     for label, colour, line, value in curves:
         axes.plot(sizes, [value(point) for point in points], color=colour, linestyle=line, marker="o", label=label)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    values = [value(point) for *_, value in curves for point in points]
+    if max(values) > 10 * min(values):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_xlabel("jobs in flight at most, Poisson arrivals")
     axes.set_ylabel(unit)
