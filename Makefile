@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-all lint type fmt proto bench chaos clean
+.PHONY: help venv demo serve test test-all lint type fmt proto bench plots chaos clean
 
 help: ## Show what make can do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ proto: $(STAMP) ## Generate the stubs in cluster/rpc from proto/
 
 bench: $(STAMP) ## Print this machine's figures as ratios; the last line is one JSON object
 	$(BIN)/python -m benchmarks.bench
+
+plots: $(STAMP) ## Draw throughput and latency over concurrency into docs/img
+	$(BIN)/python -m benchmarks.plots
 
 chaos: $(STAMP) ## Kill parts of a cluster under 1,000 jobs, and compare every answer
 	$(BIN)/python -m benchmarks.chaos --jobs 1000 --seed 1 --kill-every-s 2

@@ -274,7 +274,7 @@ def test_the_traffic_of_the_large_model_is_as_documented(tiny: Path, world: int,
     config = read_checkpoint(tiny).config
     large = replace(config, hidden_size=2816, canvas_tokens=256, layers=config.layers[:1] * 30)
     assert step_bytes(large, world, canvases=1, encode_tiles=0, element_bytes=2) == sent_bytes
-    page = Path(__file__).parents[2] / "docs" / "tensor-parallelism.md"
+    page = Path(__file__).parents[2] / "ARCHITECTURE.md"
     assert f"| {world} | {sent_bytes / 1e6:.1f} MB |" in page.read_text()
 
 
