@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
+from benchmarks.degree import measure_degree_ratio
 from benchmarks.engine import measure_engine_ratios
-from benchmarks.serving import measure_degree_ratio, measure_prefix_reuse, measure_serving_ratios
+from benchmarks.serving import measure_prefix_reuse, measure_serving_ratios
 from benchmarks.stack import measure_stack
 
 

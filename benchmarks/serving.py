@@ -34,7 +34,7 @@ from benchmarks.engine import (
 )
 from cluster.checkpoint import Checkpoint, read_checkpoint
 from cluster.core import SamplingParams
-from deployments.engine.api import EngineJob
+from deployments.engine.api import Engine, EngineJob
 from deployments.engine.torch_tp.engine import EngineSettings, TorchEngine
 
 # Jobs at most in flight -> jobs of a round: enough that arrivals, and not the ends of a round, make the figure.
@@ -137,7 +137,7 @@ def poisson_arrivals(prompts: Sequence[Prompt], jobs_per_s: float, seed: int) ->
 
 
 def serve_with_engine(
-    engine: TorchEngine, arrivals: Sequence[Arrival], sampling: SamplingParams | None = None
+    engine: Engine, arrivals: Sequence[Arrival], sampling: SamplingParams | None = None
 ) -> Served:
     """Steps the engine until every arrival is answered; jobs wait where all slots are taken."""
     card, served = engine.card, Served()
@@ -228,14 +228,6 @@ def prompts_with_prefix(checkpoint: Checkpoint, count: int) -> list[Prompt]:
     return [(*prefix, *task[2:]) for task in tasks]
 
 
-def measure_degree_ratio() -> dict[str, float]:
-    """HOOK: tokens/s of the engine at tensor-parallel degree 2 over degree 1, as {"degree_2_over_1": ratio}.
-
-    Empty until the engine runs several ranks.
-    """
-    return {}
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """torch on one thread, and back."""
@@ -256,7 +248,6 @@ def measure_all() -> dict[str, float]:
     parts: tuple[Callable[[], dict[str, float]], ...] = (
         measure_serving_ratios,
         measure_prefix_reuse,
-        measure_degree_ratio,
     )
     return {name: value for part in parts for name, value in part().items()}
 
