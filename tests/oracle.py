@@ -25,8 +25,10 @@ from deployments.engine.admission import DIGEST_BYTES
 from deployments.engine.randomness import initial_canvas, step_draws
 from deployments.engine.torch_tp.cache import TRASH_ROW, KVCache, pages_for, rows_of
 from deployments.engine.torch_tp.engine import TorchEngine
+from deployments.engine.torch_tp.group import Group, Solo
 from deployments.engine.torch_tp.model import Model
 from deployments.engine.torch_tp.plan import Planner, Tile
+from deployments.engine.torch_tp.shard import Shard
 from deployments.engine.torch_tp.weights import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,13 +164,18 @@ def copy_checkpoint(source: Path, target: Path) -> Path:
 
 
 class TileRunner:
-    """The lean model driven by hand: encode some tokens, then look at the logits of a canvas after them."""
+    """The lean model driven by hand: encode some tokens, then look at the logits of a canvas after them.
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
-        config, device = checkpoint.config, torch.device("cpu")
+    With a `group`, every rank drives its own in the same way, and has the logits of its part of the vocabulary.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, group: Group | None = None) -> None:
+        group = group or Solo()
+        shard, device = Shard(group.rank, group.world), torch.device("cpu")
+        config = shard.config(checkpoint.config)
         self._size = config.canvas_tokens
         reach = config.max_position_tokens
-        self.model = Model(config, load_weights(checkpoint, dtype, device), reach)
+        self.model = Model(config, load_weights(checkpoint, dtype, device, shard), reach, group)
         self._hidden, self._dtype = config.hidden_size, dtype
         self._cache = KVCache(config.layers, 1, config.canvas_tokens, reach, dtype, device)
         self._planner = Planner(config, reach, dtype, device)

@@ -11,6 +11,7 @@ from cluster.core import ModelCard, SamplingParams
 from deployments.engine.api import CanvasCheckpoint, Commit, Engine, EngineJob, Progress
 from deployments.engine.fake import FakeEngine
 from tests.oracle import encode, some_checkpoint
+from tests.ranks import Crew
 
 PROMPTS = (
     "count 31 to 38",
@@ -58,15 +59,25 @@ def torch_engine(slots: int) -> Engine:
     return load_engine(path, slots=slots, device="cpu")
 
 
-ENGINES: dict[str, Callable[[int], Engine]] = {"fake": fake, "torch": torch_engine}
+def torch_pair(slots: int, crew: Crew) -> Engine:
+    path = some_checkpoint()
+    if path is None:
+        pytest.skip("no checkpoint is here")
+    return crew.lead(path, 2, slots=slots)
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {"fake": fake, "torch": torch_engine, "torch on two ranks": torch_pair}
 
 
 @pytest.fixture(params=ENGINES)
 def maker(request: pytest.FixtureRequest) -> Iterator[Maker]:
     made: list[Engine] = []
+    make_one = ENGINES[request.param]
+    # Only who runs on several ranks needs the processes for them.
+    more = (request.getfixturevalue("crew"),) if make_one is torch_pair else ()
 
     def make(slots: int) -> Engine:
-        made.append(ENGINES[request.param](slots))
+        made.append(make_one(slots, *more))
         return made[-1]
 
     yield Maker(request.param, make)

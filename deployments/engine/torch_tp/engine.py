@@ -24,11 +24,14 @@ from deployments.engine.api import (
     StepReport,
 )
 from deployments.engine.torch_tp.cache import KVCache, pages_for, rows_of
+from deployments.engine.torch_tp.decision import decision
+from deployments.engine.torch_tp.group import Group, Solo
 from deployments.engine.torch_tp.job import ActiveJob
 from deployments.engine.torch_tp.model import Model
 from deployments.engine.torch_tp.payload import CanvasState, pack, unpack
 from deployments.engine.torch_tp.plan import Planner, Tile
-from deployments.engine.torch_tp.sampler import StepInputs, StepOutputs, decide, temperature
+from deployments.engine.torch_tp.sampler import StepInputs, StepOutputs, temperature
+from deployments.engine.torch_tp.shard import Shard, check_degree
 from deployments.engine.torch_tp.weights import load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -82,17 +85,28 @@ class TorchEngine:
 
     The host owns all tokens; the device owns keys, values and self-conditioning embeddings. One step uploads index
     arrays and draws, and downloads two small arrays.
+
+    With a `group` of several ranks, every rank has such an engine and makes the same calls in the same order. All that
+    the host decides comes out equal on them, so they stay alike without telling each other (see `decision`).
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: EngineSettings | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, settings: EngineSettings | None = None, group: Group | None = None
+    ) -> None:
+        """Raises ConfigError for a degree that the model cannot be cut to."""
         self._settings = settings = settings or EngineSettings()
-        config, device, dtype = checkpoint.config, settings.torch_device, DTYPES[settings.dtype]
+        self._group = group = group or Solo()
+        check_degree(checkpoint.config, group.world)
+        shard = Shard(group.rank, group.world)
+        config, device, dtype = shard.config(checkpoint.config), settings.torch_device, DTYPES[settings.dtype]
         self._device, self._hidden_size = device, config.hidden_size
         context_tokens = _context_tokens(checkpoint, settings)
         self._card = replace(checkpoint.card, max_context_tokens=context_tokens)
         self._eos = np.array(checkpoint.card.eos_token_ids)
         with torch.inference_mode():
-            self._model = Model(config, load_weights(checkpoint, dtype, device), context_tokens)
+            weights = load_weights(checkpoint, dtype, device, shard)
+            self._model = Model(config, weights, context_tokens, group)
+            self._decide = decision(self._model, group)
             self._cache = KVCache(config.layers, settings.slots, config.canvas_tokens, context_tokens, dtype, device)
             # One row more than slots: it stays zero, and a canvas's first step reads it.
             shape = (settings.slots + 1, config.canvas_tokens, config.hidden_size)
@@ -198,6 +212,7 @@ class TorchEngine:
         """See `Engine.close`."""
         for job_id in list(self._jobs):
             self.stop(job_id)
+        self._group.close()
 
     def _read_checkpoint(self, job: EngineJob) -> CanvasState | None:
         if job.checkpoint is None:
@@ -233,9 +248,9 @@ class TorchEngine:
         hidden = self._model.forward(plan, self._soft.index_select(0, before), self._cache.layers)
         if not ready:
             return np.empty((2, 0, 0), dtype=np.int64), np.empty((2, 0))
-        outputs = decide(self._model.logits(hidden), self._inputs(ready))
+        outputs = self._decide(hidden, self._inputs(ready))
         after = self._upload(np.array([job.slot for job in ready]))
-        self._soft.index_copy_(0, after, self._model.soft_embedding(outputs.scores, outputs.probabilities))
+        self._soft.index_copy_(0, after, outputs.soft)
         return _download(outputs)
 
     def _inputs(self, ready: Sequence[ActiveJob]) -> StepInputs:

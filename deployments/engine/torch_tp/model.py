@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from cluster.checkpoint import ModelConfig
 from deployments.engine.torch_tp.attention import HeadMemory
+from deployments.engine.torch_tp.group import Group, Solo
 from deployments.engine.torch_tp.norm import UnitNorm
 from deployments.engine.torch_tp.plan import StepPlan
 from deployments.engine.torch_tp.rotary import rotation_table
@@ -19,12 +20,17 @@ from deployments.engine.torch_tp.weights import LayerWeights, ModelWeights
 
 
 class Model:
-    """Weights, rotation tables and the layer loop. `hidden` rows are in the run dtype, norms in float32."""
+    """Weights, rotation tables and the layer loop. `hidden` rows are in the run dtype, norms in float32.
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, positions: int) -> None:
+    On a shard, products give partial sums: the embedding with the self-conditioning, the attention, and both branches
+    of the feed-forward are each summed over `group` in one message. Everything between is computed on every rank.
+    """
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, positions: int, group: Group | None = None) -> None:
         device = weights.embedding.device
-        self._config, self._weights = config, weights
-        self._dtype = weights.embedding.dtype
+        self._config, self._weights, self._group = config, weights, group or Solo()
+        self.dtype = self._dtype = weights.embedding.dtype
+        self.first_token = weights.first_token
         self._norm = UnitNorm(config.hidden_size, config.rms_norm_eps, device)
         # The reference rounds this factor to the embedding's dtype before it multiplies.
         self.embed_scale = float(torch.tensor(config.hidden_size**0.5, dtype=self._dtype))
@@ -51,7 +57,7 @@ class Model:
         }
         for layer, keys_values in zip(self._weights.layers, cache, strict=True):
             kind = layer.is_sliding
-            mixed = layer.attention(
+            partial = layer.attention(
                 self._norm(x).to(self._dtype),
                 rotations[kind],
                 keys_values,
@@ -59,6 +65,7 @@ class Model:
                 plan.sliding if kind else plan.full,
                 buffers[kind],
             )
+            mixed = self._group.sum(partial)
             x = torch.addcmul(x, self._norm(mixed), layer.post_attention_norm).to(self._dtype)
             x = self._feed_forward(layer, x)
         if plan.denoising is not None:
@@ -66,7 +73,7 @@ class Model:
         return (self._norm(x) * self._weights.final_norm).to(self._dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Soft-capped scores, float32 [tiles, rows, vocab]."""
+        """Soft-capped scores of this rank's tokens, from `first_token` on; float32 [tiles, rows, vocab or its part]."""
         cap = self._config.logit_softcap
         return self._weights.head(hidden).float().div_(cap).tanh_().mul_(cap)
 
@@ -78,24 +85,44 @@ class Model:
         """
         if self._dtype != torch.float32:
             probabilities = torch.softmax(scores.to(self._dtype), dim=-1, dtype=torch.float32)
+        return self.expected_embedding(probabilities)
+
+    def expected_embedding(self, probabilities: Tensor) -> Tensor:
+        """Scaled embeddings weighed by float32 [tiles, rows, vocab or its part]; a partial sum on a shard."""
         return self._weights.soft_embedding(probabilities.to(self._dtype)).mul_(self.embed_scale)
 
     def _embed(self, plan: StepPlan, soft: Tensor) -> Tensor:
-        x = functional.embedding(plan.tokens, self._weights.embedding) * self.embed_scale
+        x = self._look_up(plan.tokens)
         if plan.denoising is None:
-            return self._condition(x, soft)
+            return self._renorm(self._group.sum(self._condition(x, soft)))
         if len(plan.denoising) == 0:
-            return x
+            return self._group.sum(x)
         canvas = self._condition(x.index_select(0, plan.denoising), soft)
-        return x.index_copy_(0, plan.denoising, canvas)
+        if self._group.world == 1:
+            return x.index_copy_(0, plan.denoising, self._renorm(canvas))
+        x = self._group.sum(x.index_copy_(0, plan.denoising, canvas))
+        return x.index_copy_(0, plan.denoising, self._renorm(x.index_select(0, plan.denoising)))
+
+    def _look_up(self, tokens: Tensor) -> Tensor:
+        """Scaled embeddings [tiles, rows, hidden]; zeros where another rank has the token."""
+        embedding = self._weights.embedding
+        if self._group.world == 1:
+            return functional.embedding(tokens, embedding) * self.embed_scale
+        local = tokens - self.first_token
+        elsewhere = (local < 0) | (local >= len(embedding))
+        x = functional.embedding(local.masked_fill_(elsewhere, 0), embedding) * self.embed_scale
+        return x.masked_fill_(elsewhere.unsqueeze(-1), 0.0)
 
     def _condition(self, embedded: Tensor, soft: Tensor) -> Tensor:
-        """Adds what the last step believed: embedding + gated MLP(norm(soft)), normed."""
+        """Adds what the last step believed: embedding + gated MLP(norm(soft))."""
         signal = self._weights.condition_down(self._weights.condition_gated(self._norm(soft).to(self._dtype)))
-        return self._norm(signal.add_(embedded)).mul_(self._config.hidden_size**0.5).to(self._dtype)
+        return signal.add_(embedded)
+
+    def _renorm(self, conditioned: Tensor) -> Tensor:
+        return self._norm(conditioned).mul_(self._config.hidden_size**0.5).to(self._dtype)
 
     def _feed_forward(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        mlp, experts = layer.feed_forward(self._norm(x).to(self._dtype))
+        mlp, experts = self._group.sum_pair(*layer.feed_forward(self._norm(x).to(self._dtype)))
         both = torch.addcmul(self._norm(mlp) * layer.mlp_norm, self._norm(experts), layer.experts_norm)
         total = self._norm(both.to(self._dtype))
         kept = x if layer.scalar == 1.0 else x * layer.scalar

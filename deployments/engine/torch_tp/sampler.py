@@ -1,4 +1,4 @@
-"""One denoising step's decision on every canvas: DiffusionGemma's entropy-bound sampler, vectorised over tiles."""
+"""The parts of a denoising step's decision: DiffusionGemma's entropy-bound sampler, vectorised over tiles."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ class StepInputs:
 @dataclass(frozen=True, slots=True)
 class StepOutputs:
     """Per denoising tile: `argmax` and `next_canvas` int64 [tiles, rows], `mean_entropy` float32 [tiles] in nats,
-    `accepted` int64 [tiles]; `scores` and `probabilities` float32 [tiles, rows, vocab]."""
+    `accepted` int64 [tiles]; `soft` is the next step's self-conditioning, [tiles, rows, hidden] in the run dtype."""
 
     argmax: Tensor
     next_canvas: Tensor
     mean_entropy: Tensor
     accepted: Tensor
-    scores: Tensor
-    probabilities: Tensor
+    soft: Tensor
 
 
 def temperature(sampling: SamplingParams, step: int) -> float:
@@ -49,24 +48,6 @@ def temperature(sampling: SamplingParams, step: int) -> float:
     remaining = sampling.max_denoising_steps + 1 - step
     fraction = np.float32(remaining) / np.float32(sampling.max_denoising_steps)
     return float(np.float32(sampling.t_min) + np.float32(sampling.t_max - sampling.t_min) * fraction)
-
-
-def decide(logits: Tensor, inputs: StepInputs) -> StepOutputs:
-    """Samples, accepts the surest positions and noises the rest again. `logits` float32, overwritten."""
-    scores = logits.div_(inputs.temperatures)
-    log_probabilities = torch.log_softmax(scores, dim=-1)
-    probabilities = log_probabilities.exp()
-    entropy = log_probabilities.mul_(probabilities).sum(dim=-1).neg_()
-    accept = accepted_positions(entropy, inputs.entropy_bounds)
-    sampled = inverse_cdf(probabilities, inputs.uniforms)
-    return StepOutputs(
-        argmax=scores.argmax(dim=-1),
-        next_canvas=torch.where(accept, sampled, inputs.replacements),
-        mean_entropy=entropy.mean(dim=-1),
-        accepted=accept.sum(dim=-1),
-        scores=scores,
-        probabilities=probabilities,
-    )
 
 
 def accepted_positions(entropy: Tensor, bounds: Tensor) -> Tensor:
@@ -88,19 +69,20 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     draws = uniforms.unsqueeze(-1)
     vocab_size = probabilities.shape[-1]
     if vocab_size <= BLOCK_TOKENS:
-        return _first_above(probabilities.cumsum(dim=-1, dtype=torch.float64), draws)
+        return first_above(probabilities.cumsum(dim=-1, dtype=torch.float64), draws)
     padded = torch.nn.functional.pad(probabilities, (0, -vocab_size % BLOCK_TOKENS))
     blocks = padded.unflatten(-1, (-1, BLOCK_TOKENS))
     block_cdf = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     target = draws * block_cdf[..., -1:]
-    block = _first_above(block_cdf, draws).unsqueeze(-1)
+    block = first_above(block_cdf, draws).unsqueeze(-1)
     index = block.unsqueeze(-1).expand(*block.shape, BLOCK_TOKENS)
     inner_cdf = blocks.gather(-2, index).squeeze(-2).cumsum(dim=-1, dtype=torch.float64)
     before = torch.where(block > 0, block_cdf.gather(-1, (block - 1).clamp_(min=0)), 0.0)
     inside = (target - before) / inner_cdf[..., -1:]
-    return block.squeeze(-1) * BLOCK_TOKENS + _first_above(inner_cdf, inside)
+    return block.squeeze(-1) * BLOCK_TOKENS + first_above(inner_cdf, inside)
 
 
-def _first_above(cdf: Tensor, fraction: Tensor) -> Tensor:
+def first_above(cdf: Tensor, fraction: Tensor) -> Tensor:
+    """The first index whose cdf, float64 [..., n], exceeds `fraction` [..., 1] of the last one; int64 [...]."""
     target = fraction.clamp(0.0, BELOW_ONE) * cdf[..., -1:]
     return (cdf <= target).sum(dim=-1)

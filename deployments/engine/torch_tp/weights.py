@@ -4,15 +4,15 @@ Fused once, in float32, before the cast to the run dtype: q, k and v into one ma
 branches; the norm before a matrix into its columns, with the factor that `norm.UnitNorm` leaves out; the router's
 scale into its matrix; the experts' per-expert scale into their down matrix; the layer's scalar into its last norm.
 Heads and their dimensions are reordered as `attention.HeadShape` and `rotary.pair_order` say.
-`Shard` is where tensor parallelism will cut; today there is one rank and nothing is cut.
+A rank of a tensor-parallel group reads only its `Shard` of every file: query heads with the kv heads they need, inner
+columns of every feed-forward, and tokens of the vocabulary. The router and the norms are on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -29,16 +29,15 @@ from deployments.engine.torch_tp.experts import (
 from deployments.engine.torch_tp.linear import GatedTileLinear, TileLinear
 from deployments.engine.torch_tp.norm import UnitNorm
 from deployments.engine.torch_tp.rotary import pair_order
+from deployments.engine.torch_tp.shard import HeadCut, Shard
 
-Get = Callable[[str], Tensor]
+ALL = slice(None)
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Which part of every matrix a process holds."""
+class Get(Protocol):
+    """Reads one tensor of the checkpoint, or a part of it; float32 on the host."""
 
-    rank: int = 0
-    world: int = 1
+    def __call__(self, name: str, *part: slice) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +57,11 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """The whole model. `embedding` is [vocab, hidden] in the run dtype; on CUDA `head` shares its memory."""
+    """One rank's model. `embedding` is [vocab, hidden] in the run dtype, or its rows from `first_token` on; on CUDA
+    `head` shares its memory."""
 
     embedding: Tensor
+    first_token: int
     head: TileLinear
     soft_embedding: TileLinear
     condition_gated: GatedTileLinear
@@ -72,19 +73,19 @@ class ModelWeights:
 def load_weights(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, shard: Shard | None = None
 ) -> ModelWeights:
-    """Reads every tensor once; the peak is the finished model plus one layer in float32 on the host."""
+    """Reads every part once; the peak is the rank's model plus its part of one layer in float32 on the host."""
     shard = shard or Shard()
-    if shard.world != 1:
-        raise NotImplementedError(f"tensor parallelism over {shard.world} ranks")
     with _OpenFiles() as files:
 
-        def get(name: str) -> Tensor:
+        def get(name: str, *part: slice) -> Tensor:
+            whole = shard.world == 1 or not part
             # A copy: the tensor is a view of the mapped file, which may change while this process serves.
-            weight = files.tensor(checkpoint.tensors[name].file, name).to(torch.float32, copy=True)
+            weight = files.tensor(checkpoint.tensors[name].file, name, () if whole else part)
+            weight = weight.to(torch.float32, copy=True)
             # UnitNorm leaves the factor of RMS normalisation to the weight of the norm.
             return weight * len(weight) ** 0.5 if _is_norm(name) else weight
 
-        return _Loader(checkpoint.config, get, dtype, device).model()
+        return _Loader(checkpoint.config, shard, get, dtype, device).model()
 
 
 def _is_norm(name: str) -> bool:
@@ -105,29 +106,32 @@ class _OpenFiles:
         for file in self._files.values():
             file.__exit__(None, None, None)
 
-    def tensor(self, file: Path, name: str) -> Tensor:
+    def tensor(self, file: Path, name: str, part: tuple[slice, ...]) -> Tensor:
         if file not in self._files:
             self._files[file] = safe_open(str(file), framework="pt").__enter__()
-        tensor: Tensor = self._files[file].get_tensor(name)
+        opened = self._files[file]
+        tensor: Tensor = opened.get_slice(name)[part] if part else opened.get_tensor(name)
         return tensor
 
 
 class _Loader:
-    def __init__(self, config: ModelConfig, get: Get, dtype: torch.dtype, device: torch.device) -> None:
-        self._config, self._get, self._dtype, self._device = config, get, dtype, device
+    def __init__(self, config: ModelConfig, shard: Shard, get: Get, dtype: torch.dtype, device: torch.device) -> None:
+        self._config, self._shard, self._get, self._dtype, self._device = config, shard, get, dtype, device
 
     def model(self) -> ModelWeights:
-        get, prefix = self._get, "model.decoder.self_conditioning"
-        embedding = get("model.decoder.embed_tokens.weight").to(self._device, self._dtype)
+        get, prefix, tokens = self._get, "model.decoder.self_conditioning", self._shard.cut(self._config.vocab_size)
+        inner = self._shard.cut(self._config.intermediate_size)
+        embedding = get("model.decoder.embed_tokens.weight", tokens).to(self._device, self._dtype)
         norm = get(f"{prefix}.pre_norm.weight")
         return ModelWeights(
             embedding=embedding,
+            first_token=tokens.start,
             head=TileLinear(embedding),
             soft_embedding=TileLinear(embedding.t()),
             condition_gated=self._gated(
-                get(f"{prefix}.gate_proj.weight") * norm, get(f"{prefix}.up_proj.weight") * norm
+                get(f"{prefix}.gate_proj.weight", inner) * norm, get(f"{prefix}.up_proj.weight", inner) * norm
             ),
-            condition_down=self._linear(get(f"{prefix}.down_proj.weight")),
+            condition_down=self._linear(get(f"{prefix}.down_proj.weight", ALL, inner)),
             final_norm=self._vector(get("model.decoder.norm.weight")),
             layers=tuple(self._layer(index, shape) for index, shape in enumerate(self._config.layers)),
         )
@@ -142,8 +146,8 @@ class _Loader:
         return weight.to(self._device, torch.float32)
 
     def _layer(self, index: int, shape: LayerConfig) -> LayerWeights:
-        def get(name: str) -> Tensor:
-            return self._get(f"model.decoder.layers.{index}.{name}")
+        def get(name: str, *part: slice) -> Tensor:
+            return self._get(f"model.decoder.layers.{index}.{name}", *part)
 
         scalar = float(get("layer_scalar"))
         return LayerWeights(
@@ -158,31 +162,41 @@ class _Loader:
         )
 
     def _attention(self, get: Get, layer: LayerConfig) -> Attention:
-        shape = HeadShape(self._config.attention_heads, layer.kv_heads, layer.head_dim, own_values=layer.is_sliding)
-        order = pair_order(shape.head_dim)
-        queries = _as_heads(get("self_attn.q_proj.weight"), shape)[_head_order(shape)][:, order]
-        keys = _as_heads(get("self_attn.k_proj.weight"), shape)[:, order]
-        values = [_as_heads(get("self_attn.v_proj.weight"), shape)] if shape.own_values else []
+        cut = self._shard.heads(self._config, layer)
+        own = cut.queries.stop - cut.queries.start
+        shape = HeadShape(own, len(cut.kv_heads), layer.head_dim, own_values=layer.is_sliding)
+        order, rows = pair_order(shape.head_dim), _times(cut.queries, shape.head_dim)
+        queries = _as_heads(get("self_attn.q_proj.weight", rows), shape)[_head_order(shape)][:, order]
+        keys = self._kv_heads(get, "k_proj", cut, shape)[:, order]
+        values = [self._kv_heads(get, "v_proj", cut, shape)] if shape.own_values else []
         fused = torch.cat((queries, keys, *values)).flatten(0, 1) * get("input_layernorm.weight")
         norms = [get(f"self_attn.{name}_norm.weight")[order] for name in ("q", "k")]
         head_norm = torch.cat((norms[0].expand(shape.query_heads, -1), norms[1].expand(shape.kv_heads, -1)))
         # Values that are keys come with their dimensions in the keys' order.
         inner = slice(None) if shape.own_values else order
-        out = _as_heads(get("self_attn.o_proj.weight").t(), shape)[_head_order(shape)][:, inner]
+        out = _as_heads(get("self_attn.o_proj.weight", ALL, rows).t(), shape)[_head_order(shape)][:, inner]
         norm = UnitNorm(shape.head_dim, self._config.rms_norm_eps, self._device)
         # Values are normed without a weight, so their norm's factor goes into what they are multiplied with.
         weighted_out = out.flatten(0, 1).t() * shape.head_dim**0.5
         return Attention(shape, norm, self._linear(fused), self._vector(head_norm), self._linear(weighted_out))
 
+    def _kv_heads(self, get: Get, name: str, cut: HeadCut, shape: HeadShape) -> Tensor:
+        """This rank's heads of k_proj or v_proj, [kv_heads, head_dim, hidden]."""
+        first, last = cut.kv_heads[0], cut.kv_heads[-1]
+        heads = _as_heads(get(f"self_attn.{name}.weight", _times(slice(first, last + 1), shape.head_dim)), shape)
+        return heads[torch.tensor(cut.kv_heads) - first]
+
     def _feed_forward(self, get: Get) -> FeedForward:
         config = self._config
-        norm = get("pre_feedforward_layernorm.weight")
-        gate, up = get("mlp.gate_proj.weight") * norm, get("mlp.up_proj.weight") * norm
-        down = self._linear(get("mlp.down_proj.weight"))
+        norm, inner = get("pre_feedforward_layernorm.weight"), self._shard.cut(config.intermediate_size)
+        gate, up = get("mlp.gate_proj.weight", inner) * norm, get("mlp.up_proj.weight", inner) * norm
+        down = self._linear(get("mlp.down_proj.weight", ALL, inner))
         # The router norms without a weight and scales by hidden^-0.5, which is what UnitNorm gives.
         router = TileLinear(self._vector(get("router.proj.weight") * get("router.scale")))
-        experts_up = get("experts.gate_up_proj") * get("pre_feedforward_layernorm_2.weight")
-        experts_down = get("experts.down_proj") * get("router.per_expert_scale")[:, None, None]
+        experts_inner = self._shard.cut(config.expert_intermediate_size)
+        experts_up = self._expert_gate_up(get, experts_inner) * get("pre_feedforward_layernorm_2.weight")
+        experts_down = get("experts.down_proj", ALL, ALL, experts_inner)
+        experts_down = experts_down * get("router.per_expert_scale")[:, None, None]
         if config.experts > MAX_DENSE_EXPERTS:
             return RoutedFeedForward(
                 self._gated(gate, up),
@@ -200,6 +214,19 @@ class _Loader:
             self._linear(experts_down.transpose(0, 1).flatten(1)),
             config.experts_per_token,
         )
+
+    def _expert_gate_up(self, get: Get, inner: slice) -> Tensor:
+        """Gates, then ups, of all experts: [experts, 2 * inner, hidden]."""
+        if self._shard.world == 1:
+            return get("experts.gate_up_proj")
+        size = self._config.expert_intermediate_size
+        ups = slice(size + inner.start, size + inner.stop)
+        return torch.cat([get("experts.gate_up_proj", ALL, part) for part in (inner, ups)], dim=1)
+
+
+def _times(part: slice, size: int) -> slice:
+    """The rows of a matrix that hold heads `part`, of `size` rows each."""
+    return slice(part.start * size, part.stop * size)
 
 
 def _as_heads(weight: Tensor, shape: HeadShape) -> Tensor:
