@@ -175,7 +175,8 @@ def _start_ray(settings: Settings, reports: Reports, owned: contextlib.ExitStack
     """Start Ray and Serve; returns Ray's own folder."""
     reports.send(say="starting Ray")
     denoiser, router = settings.denoiser, settings.router
-    wanted_cpus = denoiser.replicas * denoiser.num_cpus + router.replicas * router.num_cpus
+    ranks = denoiser.replicas * denoiser.tp
+    wanted_cpus = ranks * denoiser.num_cpus + router.replicas * router.num_cpus
     # Ray's own folder holds sockets, whose paths must be short: not under the state folder.
     folder = tempfile.mkdtemp(prefix=RAY_DIR_PREFIX)
     owned.callback(shutil.rmtree, folder, ignore_errors=True)

@@ -39,13 +39,14 @@ def _load(view: ClusterView) -> str:
 
 def _table(view: ClusterView) -> Table:
     table = Table(box=None, pad_edge=False)
-    for heading in ("replica", "state", "model", "slots", "steps", "canvases", "lease", "address"):
+    for heading in ("replica", "state", "model", "ranks", "slots", "steps", "canvases", "lease", "address"):
         table.add_column(heading, no_wrap=heading == "replica")
     for row in view.replicas:
         table.add_row(
             row.replica,
             "draining" if row.draining else "ready",
             row.model,
+            _counter(row.stats, "ranks"),
             f"{row.active}/{row.slots}",
             _counter(row.stats, "denoising_steps"),
             _counter(row.stats, "canvases"),

@@ -88,7 +88,7 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the engine was made."""
+    """Counters since the engine was made, and how many ranks it has."""
 
     denoising_steps: int = 0
     canvas_steps: int = 0
@@ -97,6 +97,7 @@ class EngineStats:
     active_jobs: int = 0
     pages_used: int = 0
     pages_total: int = 0
+    ranks: int = 1
 
 
 class Engine(Protocol):
@@ -132,6 +133,9 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats:
         """Counters, cheap enough for every heartbeat."""
+
+    def lost(self) -> str | None:
+        """Why no step can succeed any more, as far as can be told without one; else None. Any thread may ask."""
 
     def close(self) -> None:
         """Give back memory and processes; may be called twice."""

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.checkpoint import Checkpoint, read_checkpoint
+from cluster.checkpoint import Checkpoint, check_degree, read_checkpoint
 from cluster.core import ModelCard
 from cluster.errors import ConfigError
 from deployments.engine.admission import check_job, open_checkpoint
@@ -31,7 +31,7 @@ from deployments.engine.torch_tp.model import Model
 from deployments.engine.torch_tp.payload import CanvasState, pack, unpack
 from deployments.engine.torch_tp.plan import Planner, Tile
 from deployments.engine.torch_tp.sampler import StepInputs, StepOutputs, temperature
-from deployments.engine.torch_tp.shard import Shard, check_degree
+from deployments.engine.torch_tp.shard import Shard
 from deployments.engine.torch_tp.weights import load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -206,7 +206,12 @@ class TorchEngine:
             active_jobs=len(self._jobs),
             pages_used=allocator.used,
             pages_total=allocator.total,
+            ranks=self._group.world,
         )
+
+    def lost(self) -> str | None:
+        """See `Engine.lost`. One rank cannot tell."""
+        return None
 
     def close(self) -> None:
         """See `Engine.close`."""
