@@ -18,6 +18,7 @@ from cluster.checkpoint import check_degree, read_checkpoint
 from cluster.config import Settings, parse_settings
 from deployments.engine.api import Engine
 from deployments.placement import DENOISER, placement_options
+from deployments.placement_watch import PlacementWatch
 from deployments.replica import Replica
 from deployments.router import LEAVING_S, Router
 from deployments.tokenizer import Tokenizer
@@ -110,11 +111,14 @@ class RouterDeployment:
         del denoisers
         settings = parse_settings(values)
         _log_to(settings)
-        self._router = Router(settings, name=_own_name("router"))
+        self._watch = PlacementWatch(serve.get_replica_context().app_name)
+        self._watch.begin()
+        self._router = Router(settings, name=_own_name("router"), pending=self._watch.lines)
         self.port = await self._router.start()
         _at_exit(self._router.close, asyncio.get_running_loop(), _router_leaves_within_s(settings))
 
     async def __del__(self) -> None:
+        self._watch.close()
         await self._router.close()
 
 
