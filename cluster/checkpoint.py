@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.core import ModelCard, SamplingParams
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, ConfigError
 from cluster.json_fields import JsonFields
 from cluster.weight_files import DTYPE_BYTES, TensorEntry, find_weight_files, read_weight_file
 
@@ -227,6 +227,22 @@ def _defaults(generation: JsonFields) -> SamplingParams:
         confidence_threshold=generation.number("confidence_threshold"),
         stability_threshold=generation.integer("stability_threshold", 0),
     )
+
+
+def check_degree(config: ModelConfig, world: int) -> None:
+    """Raises ConfigError, naming the numbers, for a tensor-parallel degree that this model cannot be cut to."""
+    heads = config.attention_heads
+    if world < 1 or heads % world:
+        allowed = ", ".join(str(degree) for degree in range(1, heads + 1) if heads % degree == 0)
+        raise ConfigError(f"the tensor-parallel degree is {world}; the model's {heads} attention heads allow {allowed}")
+    sizes = {
+        "intermediate_size": config.intermediate_size,
+        "moe_intermediate_size": config.expert_intermediate_size,
+        "vocab_size": config.vocab_size,
+    }
+    for name, size in sizes.items():
+        if size < world:
+            raise ConfigError(f"the tensor-parallel degree is {world}; the model's {name} allows at most {size}")
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

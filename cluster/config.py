@@ -60,7 +60,11 @@ class RouterSettings(_Frozen):
 
 
 class DenoiserSettings(_Frozen):
-    """The replicas that denoise; one replica is one tensor-parallel group."""
+    """The replicas that denoise; one replica is one tensor-parallel group of `tp` ranks.
+
+    `placement` says where the ranks of a replica run: `strict_pack` on one node, `strict_spread` each on another node,
+    `pack` and `spread` as near to that as there is room. `num_cpus` and `num_gpus` are for each rank.
+    """
 
     replicas: Annotated[int, Field(ge=1, le=10_000)] = 2
     slots: Annotated[int, Field(ge=1, le=256)] = 8
@@ -73,6 +77,7 @@ class DenoiserSettings(_Frozen):
     fake_step_ms: Annotated[float, Field(ge=0, le=60_000)] = 15.0
     fake_steps_per_canvas: Annotated[int, Field(ge=1, le=1000)] = 8
     host: str = "127.0.0.1"
+    placement: Literal["pack", "strict_pack", "spread", "strict_spread"] = "strict_pack"
     num_cpus: Annotated[float, Field(ge=0, le=256)] = 1.0
     num_gpus: Annotated[float, Field(ge=0, le=1)] = 0.0
     drain_timeout_s: Annotated[float, Field(ge=0, le=600)] = 5.0
@@ -81,10 +86,18 @@ class DenoiserSettings(_Frozen):
 
     @field_validator("tp")
     @classmethod
-    def _one_rank(cls, degree: int) -> int:
-        if degree != 1:
-            raise ValueError("engines of this version run one rank; only tp 1 is allowed")
+    def _only_torch_has_ranks(cls, degree: int, info: ValidationInfo) -> int:
+        if degree > 1 and info.data.get("engine") == "fake":
+            raise ValueError("the fake engine runs one rank; only tp 1 is allowed with it")
         return degree
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _ranks_share_no_gpu(cls, gpus: float, info: ValidationInfo) -> float:
+        ranks, device = info.data.get("tp", 1), info.data.get("device")
+        if ranks > 1 and (0 < gpus < 1 or (gpus < 1 and device == "cuda")):
+            raise ValueError(f"each of the {ranks} ranks needs a gpu of its own; 1 is allowed, or 0 on the cpu")
+        return gpus
 
 
 class Settings(_Frozen):

@@ -28,7 +28,7 @@ from typing import IO, Any, cast
 
 import psutil
 
-from cluster.checkpoint import read_checkpoint
+from cluster.checkpoint import check_degree, read_checkpoint
 from cluster.config import Settings, child_environment, load_values, overlay, parse_settings, state_dir
 from cluster.errors import ConfigError, EaselError, StartupError
 from cluster.redis_server import free_port
@@ -102,7 +102,7 @@ def start(settings: Settings, *, own_redis: bool, report: Report) -> LocalCluste
             where = f"a cluster already runs here at {running.address} (pid {running.pid})"
             raise StartupError(f"{where}; use it, or stop it with `easel down`")
         _end_leftovers(report)
-        read_checkpoint(Path(settings.checkpoint))
+        check_degree(read_checkpoint(settings.checkpoint).config, settings.denoiser.tp)
         _require_free(settings.router.host, settings.router.port)
         return _start_warden(home, settings, own_redis, report)
 

@@ -8,26 +8,34 @@ import logging
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster.checkpoint import read_checkpoint
-from cluster.config import DenoiserSettings, Settings, parse_settings
+from cluster.checkpoint import check_degree, read_checkpoint
+from cluster.config import Settings, parse_settings
 from deployments.engine.api import Engine
+from deployments.placement import DENOISER, placement_options
+from deployments.placement_watch import PlacementWatch
 from deployments.replica import Replica
 from deployments.router import LEAVING_S, Router
 from deployments.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from deployments.ranks import RankActors
 
 HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
 CLOSE_SLACK_S = 5.0
 
 
-def make_engine(settings: Settings) -> Engine:
-    """The engine that the settings name, loaded and ready. Raises CheckpointError or EngineError."""
+def make_engine(settings: Settings, ranks: RankActors | None) -> Engine:
+    """The engine that the settings name, loaded and ready; `ranks` are the others where it has several.
+
+    Raises CheckpointError, ConfigError or EngineError.
+    """
     folder = Path(settings.checkpoint)
     denoiser = settings.denoiser
     if denoiser.engine == "fake":
@@ -39,16 +47,28 @@ def make_engine(settings: Settings) -> Engine:
             steps_per_canvas=denoiser.fake_steps_per_canvas,
             step_time_ms=denoiser.fake_step_ms,
         )
+    chosen: dict[str, Any] = {
+        "slots": denoiser.slots,
+        "dtype": denoiser.dtype,
+        "device": denoiser.device,
+        "threads": denoiser.threads,
+        "max_context_tokens": denoiser.max_context_tokens,
+    }
+    if ranks is not None:
+        return ranks.lead(**chosen)
     from deployments.engine.torch_tp.engine import load_engine  # noqa: PLC0415 - torch is imported where it runs
 
-    return load_engine(
-        folder,
-        slots=denoiser.slots,
-        dtype=denoiser.dtype,
-        device=denoiser.device,
-        threads=denoiser.threads,
-        max_context_tokens=denoiser.max_context_tokens,
-    )
+    return load_engine(folder, **chosen)
+
+
+def rank_actors(settings: Settings) -> RankActors | None:
+    """Those of the replica that asks, from its own process; None when it is all there is."""
+    group = ray.util.get_current_placement_group()
+    if settings.denoiser.tp == 1 or group is None:
+        return None
+    from deployments.ranks import RankActors  # noqa: PLC0415 - it imports torch
+
+    return RankActors(settings, group)
 
 
 class DenoiserDeployment:
@@ -59,7 +79,8 @@ class DenoiserDeployment:
         _log_to(settings)
         loop = asyncio.get_running_loop()
         # Loading takes up to minutes for a large model; Serve's own calls must be answered meanwhile.
-        engine = await loop.run_in_executor(None, make_engine, settings)
+        self._ranks = rank_actors(settings)
+        engine = await loop.run_in_executor(None, make_engine, settings, self._ranks)
         self._replica = Replica(
             settings,
             engine,
@@ -76,6 +97,8 @@ class DenoiserDeployment:
 
     async def __del__(self) -> None:
         await self._replica.close()
+        if self._ranks is not None:
+            self._ranks.close()
 
 
 class RouterDeployment:
@@ -88,23 +111,29 @@ class RouterDeployment:
         del denoisers
         settings = parse_settings(values)
         _log_to(settings)
-        self._router = Router(settings, name=_own_name("router"))
+        self._watch = PlacementWatch(serve.get_replica_context().app_name)
+        self._watch.begin()
+        self._router = Router(settings, name=_own_name("router"), pending=self._watch.lines)
         self.port = await self._router.start()
         _at_exit(self._router.close, asyncio.get_running_loop(), _router_leaves_within_s(settings))
 
     async def __del__(self) -> None:
+        self._watch.close()
         await self._router.close()
 
 
 def build(values: Mapping[str, Any]) -> serve.Application:
-    """The Serve application for a mapping of settings (see cluster/config.py). Raises ConfigError."""
+    """The Serve application for a mapping of settings (see cluster/config.py). Raises ConfigError, CheckpointError."""
     settings = parse_settings(values)
+    # The model need not be where the application is made; routers and replicas read it where they run.
+    if Path(settings.checkpoint).is_dir():
+        check_degree(read_checkpoint(settings.checkpoint).config, settings.denoiser.tp)
     plain = settings.model_dump(mode="json")
     denoiser: serve.Deployment = serve.deployment(  # type: ignore[assignment]  # its overloads miss this form
         DenoiserDeployment,
-        name="Denoiser",
+        name=DENOISER,
         num_replicas=settings.denoiser.replicas,
-        ray_actor_options=_actor_options(settings.denoiser),
+        **placement_options(settings.denoiser),
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=_denoiser_leaves_within_s(settings),
@@ -142,10 +171,6 @@ def _at_exit(leave: Callable[[], Coroutine[Any, Any, None]], loop: asyncio.Abstr
             wait((asyncio.run_coroutine_threadsafe(leave(), loop),), timeout=timeout_s)
 
     atexit.register(at_exit)
-
-
-def _actor_options(denoiser: DenoiserSettings) -> dict[str, float]:
-    return {"num_cpus": denoiser.num_cpus, "num_gpus": denoiser.num_gpus}
 
 
 def _reachable(host: str) -> str:

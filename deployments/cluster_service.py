@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import grpc
 
 from cluster.jobs.store import JobStore
@@ -11,12 +13,18 @@ from cluster.rpc.easel.v1 import cluster_pb2_grpc as pb_grpc
 
 
 class ClusterService(pb_grpc.ClusterServicer):
-    """Serves easel.v1.Cluster from what Redis holds, so that every router answers alike."""
+    """Serves easel.v1.Cluster from what Redis holds, so that every router answers alike.
 
-    def __init__(self, store: JobStore, *, queue_limit: int, version: str) -> None:
+    Only `pending`, the lines on replicas without a place, is what this router saw last.
+    """
+
+    def __init__(
+        self, store: JobStore, *, queue_limit: int, version: str, pending: Callable[[], Sequence[str]]
+    ) -> None:
         self._store = store
         self._queue_limit = queue_limit
         self._version = version
+        self._pending = pending
 
     async def GetStatus(  # noqa: N802 - named by the proto
         self,
@@ -34,6 +42,7 @@ class ClusterService(pb_grpc.ClusterServicer):
             queue_limit=self._queue_limit,
             routers=view.routers,
             version=self._version,
+            pending=self._pending(),
         )
 
     async def DrainReplica(  # noqa: N802

@@ -58,6 +58,7 @@ class Denoiser(pb_grpc.DenoiserServicer):
         membership: Membership,
         settings: Settings,
     ) -> None:
+        self._engine = engine
         self._name = membership.name
         self._membership = membership
         self._settings = settings
@@ -81,10 +82,13 @@ class Denoiser(pb_grpc.DenoiserServicer):
         self._steps.begin()
         self._watchdog.begin()
 
-    @property
-    def failure(self) -> EngineError | None:
-        """Why the engine is broken or given up, or None while it works."""
-        return self._failure
+    def check(self) -> None:
+        """Raise EngineError when the engine is broken, given up or lost; the replica leaves then, if it has not."""
+        lost = None if self._failure is not None else self._engine.lost()
+        if lost is not None:
+            self._lose(AttemptEnd.ENGINE, EngineError(f"the engine was lost while it was idle: {lost}"))
+        if self._failure is not None:
+            raise self._failure
 
     def running(self) -> frozenset[str]:
         """Keys of the runs at this moment, for `reconcile`."""

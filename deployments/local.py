@@ -40,12 +40,15 @@ from cluster.jobs.store import JobStore
 from cluster.redis_keeper import keep_running
 from cluster.redis_server import RedisServer
 from deployments.app import build
+from deployments.placement import waiting
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "easel"
 OBJECT_STORE_BYTES = 100 * 2**20
 POLL_S = 0.2
+# Nobody adds nodes to a local cluster: what has no place soon will have none.
+PLACE_TIMEOUT_S = 10.0
 SERVE_LOG_LEVEL = "WARNING"
 
 
@@ -175,7 +178,8 @@ def _start_ray(settings: Settings, reports: Reports, owned: contextlib.ExitStack
     """Start Ray and Serve; returns Ray's own folder."""
     reports.send(say="starting Ray")
     denoiser, router = settings.denoiser, settings.router
-    wanted_cpus = denoiser.replicas * denoiser.num_cpus + router.replicas * router.num_cpus
+    ranks = denoiser.replicas * denoiser.tp
+    wanted_cpus = ranks * denoiser.num_cpus + router.replicas * router.num_cpus
     # Ray's own folder holds sockets, whose paths must be short: not under the state folder.
     folder = tempfile.mkdtemp(prefix=RAY_DIR_PREFIX)
     owned.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -200,10 +204,21 @@ def _deploy(settings: Settings, reports: Reports, stop: threading.Event) -> None
     application = build(settings.model_dump(mode="json"))
     deployed = _beside(lambda: serve.run(application, name=APP_NAME, route_prefix=None))
     give_up_s = time.monotonic() + START_TIMEOUT_S
-    said = ""
+    said, placed_s = "", time.monotonic()
     while not _done(deployed, POLL_S) and not stop.is_set() and time.monotonic() < give_up_s:
         said = _say_progress(reports, said)
+        placed_s = _when_placed(placed_s)
     _result(deployed, stop)
+
+
+def _when_placed(placed_s: float) -> float:
+    """Now when no replica waits for a place, else `placed_s`. Raises StartupError when that is long ago."""
+    without = waiting(APP_NAME)
+    if not without:
+        return time.monotonic()
+    if time.monotonic() - placed_s > PLACE_TIMEOUT_S:
+        raise StartupError("; ".join(without))
+    return placed_s
 
 
 def _beside(work: Callable[[], object]) -> Future[object]:

@@ -83,9 +83,8 @@ class Replica:
         return address
 
     def check(self) -> None:
-        """Raise what makes this replica one to replace: its engine broke or hangs, or it was drained."""
-        if self._denoiser.failure is not None:
-            raise self._denoiser.failure
+        """Raise what makes this replica one to replace: its engine broke, hangs or lost a rank, or it was drained."""
+        self._denoiser.check()
         if self._draining is not None and self._draining.done():
             raise Unavailable(f"replica {self._name} is drained, and leaves its place to another")
 

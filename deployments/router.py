@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,9 +57,13 @@ SERVICES = (
 class Router:
     """One router process: `start` brings it up, `close` drains it."""
 
-    def __init__(self, settings: Settings, *, name: str) -> None:
-        """Read the checkpoint's card and tokenizer. Raises CheckpointError."""
+    def __init__(self, settings: Settings, *, name: str, pending: Callable[[], Sequence[str]] = tuple) -> None:
+        """Read the checkpoint's card and tokenizer; `pending` tells which replicas have no place, a line each.
+
+        Raises CheckpointError.
+        """
         self._settings = settings
+        self._pending = pending
         self._name = name
         folder = Path(settings.checkpoint)
         card = _served_card(read_checkpoint(folder).card, settings)
@@ -155,7 +160,12 @@ class Router:
         generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server)
         jobs = JobService(self._intake, self._supervisor, self._store)
         jobs_pb2_grpc.add_JobsServicer_to_server(jobs, server)
-        status = ClusterService(self._store, queue_limit=self._settings.state.queue_limit, version=__version__)
+        status = ClusterService(
+            self._store,
+            queue_limit=self._settings.state.queue_limit,
+            version=__version__,
+            pending=self._pending,
+        )
         cluster_pb2_grpc.add_ClusterServicer_to_server(status, server)
         add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(

@@ -13,11 +13,11 @@ from cluster.embedded import LocalCluster
 
 
 class Role(Enum):
-    """What a process of the cluster is; the value is part of the title that Ray gives it."""
+    """What a process of the cluster is; after "ray::", the title that Ray gives it begins with the value."""
 
     DENOISER = "ServeReplica:easel:Denoiser"
     ROUTER = "ServeReplica:easel:Router"
-    RANK = "Rank"
+    RANK = "Rank."
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def redis_process(cluster: LocalCluster) -> psutil.Process | None:
 
 
 def _role(title: str) -> Role | None:
-    return next((role for role in Role if title.startswith("ray::") and role.value in title), None)
+    return next((role for role in Role if title.startswith(f"ray::{role.value}")), None)
 
 
 def _ports(process: psutil.Process) -> frozenset[int]:

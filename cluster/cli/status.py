@@ -17,7 +17,7 @@ from cluster.client import ClusterView
 @json_option
 @address_option
 def status(as_json: bool, address: str | None) -> None:
-    """Show replicas, slots in use, the queue and the routers."""
+    """Show replicas, slots in use, the queue and the routers, and what replicas without a place wait for."""
     view = with_client(address, lambda client: client.status())
     if as_json:
         print_json(asdict(view))
@@ -25,6 +25,8 @@ def status(as_json: bool, address: str | None) -> None:
     click.echo(f"easel {view.version}: {counted(len(view.replicas), 'replica')}, {_load(view)}")
     if view.replicas:
         make_console().print(_table(view))
+    for line in view.pending:
+        click.echo(f"pending: {line}")
     click.echo(f"{counted(len(view.routers), 'router')}: {', '.join(view.routers) or 'none has a lease'}")
 
 
@@ -39,13 +41,14 @@ def _load(view: ClusterView) -> str:
 
 def _table(view: ClusterView) -> Table:
     table = Table(box=None, pad_edge=False)
-    for heading in ("replica", "state", "model", "slots", "steps", "canvases", "lease", "address"):
+    for heading in ("replica", "state", "model", "ranks", "slots", "steps", "canvases", "lease", "address"):
         table.add_column(heading, no_wrap=heading == "replica")
     for row in view.replicas:
         table.add_row(
             row.replica,
             "draining" if row.draining else "ready",
             row.model,
+            _counter(row.stats, "ranks"),
             f"{row.active}/{row.slots}",
             _counter(row.stats, "denoising_steps"),
             _counter(row.stats, "canvases"),

@@ -123,7 +123,10 @@ class JobView:
 
 @dataclass(frozen=True, slots=True)
 class ClusterView:
-    """The cluster at one moment. `version` is that of the router that answered."""
+    """The cluster at one moment. `version` is that of the router that answered.
+
+    `pending` tells, in lines for people, what replicas without a place wait for.
+    """
 
     replicas: tuple[ReplicaRow, ...]
     slots: int
@@ -132,6 +135,7 @@ class ClusterView:
     queue_limit: int
     routers: tuple[str, ...]
     version: str
+    pending: tuple[str, ...] = ()
 
 
 def answer_from_proto(message: generation_pb2.GenerateResponse) -> Answer:
@@ -268,4 +272,5 @@ def cluster_from_proto(message: cluster_pb2.ClusterStatus) -> ClusterView:
         queue_limit=message.queue_limit,
         routers=tuple(message.routers),
         version=message.version,
+        pending=tuple(message.pending),
     )

@@ -88,7 +88,7 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the engine was made, but for `active_jobs` and the pages, which are of now.
+    """Counters since the engine was made, but for `active_jobs`, the pages and `ranks`, which are of now.
 
     `prefill_tokens` is context that was computed: prompts, and committed canvases of jobs that run or come back. Of
     `prefix_lookup_tokens`, the context that jobs came with, `prefix_hit_tokens` was in the cache already; an engine
@@ -104,6 +104,7 @@ class EngineStats:
     pages_total: int = 0
     prefix_lookup_tokens: int = 0
     prefix_hit_tokens: int = 0
+    ranks: int = 1
 
 
 class Engine(Protocol):
@@ -139,6 +140,9 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats:
         """Counters, cheap enough for every heartbeat."""
+
+    def lost(self) -> str | None:
+        """Why no step can succeed any more, as far as can be told without one; else None. Any thread may ask."""
 
     def close(self) -> None:
         """Give back memory and processes; may be called twice."""

@@ -117,6 +117,10 @@ class FakeEngine:
             active_jobs=len(self._jobs),
         )
 
+    def lost(self) -> str | None:
+        """See `Engine.lost`."""
+        return None
+
     def close(self) -> None:
         """See `Engine.close`."""
         self._jobs.clear()

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.engine import mixed_prompts
-from cluster.checkpoint import LayerConfig, read_checkpoint
+from cluster.checkpoint import LayerConfig, check_degree, read_checkpoint
 from cluster.core import ModelCard
 from cluster.errors import ConfigError
 from deployments.engine.api import Engine, EngineJob
@@ -33,7 +33,7 @@ from deployments.engine.torch_tp.group import Ranks
 from deployments.engine.torch_tp.lead import LeadEngine
 from deployments.engine.torch_tp.link import join_lead
 from deployments.engine.torch_tp.ranks import Meeting, lead_rank
-from deployments.engine.torch_tp.shard import Shard, check_degree
+from deployments.engine.torch_tp.shard import Shard
 from deployments.engine.torch_tp.traffic import step_bytes
 from deployments.engine.torch_tp.weights import load_weights
 from tests.oracle import (

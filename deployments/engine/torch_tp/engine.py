@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.checkpoint import Checkpoint, read_checkpoint
+from cluster.checkpoint import Checkpoint, check_degree, read_checkpoint
 from cluster.core import ModelCard
 from cluster.errors import ConfigError
 from deployments.engine.admission import check_job, open_checkpoint
@@ -32,7 +32,7 @@ from deployments.engine.torch_tp.payload import CanvasState, pack, unpack
 from deployments.engine.torch_tp.plan import Planner, Tile
 from deployments.engine.torch_tp.prefill import PrefillQueue
 from deployments.engine.torch_tp.sampler import StepInputs, StepOutputs, temperature
-from deployments.engine.torch_tp.shard import Shard, check_degree
+from deployments.engine.torch_tp.shard import Shard
 from deployments.engine.torch_tp.weights import load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -221,7 +221,12 @@ class TorchEngine:
             pages_total=allocator.total,
             prefix_lookup_tokens=index.lookup_tokens,
             prefix_hit_tokens=index.hit_tokens,
+            ranks=self._group.world,
         )
+
+    def lost(self) -> str | None:
+        """See `Engine.lost`. One rank cannot tell."""
+        return None
 
     def close(self) -> None:
         """See `Engine.close`."""

@@ -63,7 +63,7 @@ class LeadEngine:
         return self._engine.stats()
 
     def lost(self) -> str | None:
-        """Which ranks have left, or None. For health checks: an idle group does not step, so it would not notice."""
+        """See `Engine.lost`: which ranks have left. An idle group does not step, so it would not notice."""
         return self._link.lost()
 
     def close(self) -> None:

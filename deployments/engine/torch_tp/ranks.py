@@ -17,6 +17,7 @@ import json
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import Store, TCPStore
 
-from cluster.checkpoint import Checkpoint, read_checkpoint
+from cluster.checkpoint import Checkpoint, check_degree, read_checkpoint
 from cluster.errors import ConfigError
 from deployments.engine.torch_tp.engine import EngineSettings, TorchEngine
 from deployments.engine.torch_tp.group import Ranks
@@ -40,10 +41,10 @@ from deployments.engine.torch_tp.link import (
     send_frame,
     settle,
 )
-from deployments.engine.torch_tp.shard import check_degree
 
 STEP_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 600.0
+LOOK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,8 @@ class Rendezvous:
 class Meeting:
     """Rank 0's side of the rendezvous: two listening ports on `host`, an address at which the others reach it.
 
-    Owned by `lead_rank` once that is called; else `close` it.
+    While ranks are awaited, `check` is asked every LOOK_EVERY_S; it raises when one will never come. Owned by
+    `lead_rank` once that is called; else `close` it.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class Meeting:
         *,
         step_timeout_s: float = STEP_TIMEOUT_S,
         start_timeout_s: float = START_TIMEOUT_S,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
+        self.check = check
         self.listener = socket.create_server((host, 0))
         self.store = open_store(host, None, start_timeout_s)
         self.rendezvous = Rendezvous(
@@ -189,10 +193,13 @@ def _gather_followers(meeting: Meeting, facts: dict[str, Any]) -> list[socket.so
     wanted = set(range(1, place.world))
     try:
         while wanted - found.keys():
+            meeting.check()
             left_s = deadline_s - time.monotonic()
             try:
-                arrived = accept_follower(meeting.listener, place.key, max(left_s, 0.001))
+                arrived = accept_follower(meeting.listener, place.key, min(max(left_s, 0.001), LOOK_EVERY_S))
             except TimeoutError:
+                if left_s > LOOK_EVERY_S:
+                    continue
                 missing = rank_names(wanted - found.keys())
                 raise RuntimeError(f"{missing} did not come within {place.start_timeout_s} s") from None
             if arrived is not None:

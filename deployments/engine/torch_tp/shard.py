@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from math import gcd
 
 from cluster.checkpoint import LayerConfig, ModelConfig
-from cluster.errors import ConfigError
 
 # Grouped products on CUDA want rows of a multiple of 16 bytes.
 UNIT = 8
@@ -52,19 +51,3 @@ class Shard:
         """The model as this rank's attention, cache and plans see it: with its heads only."""
         layers = tuple(replace(layer, kv_heads=len(self.heads(config, layer).kv_heads)) for layer in config.layers)
         return replace(config, attention_heads=config.attention_heads // self.world, layers=layers)
-
-
-def check_degree(config: ModelConfig, world: int) -> None:
-    """Raises ConfigError, naming the numbers, for a tensor-parallel degree that this model cannot be cut to."""
-    heads = config.attention_heads
-    if world < 1 or heads % world:
-        allowed = ", ".join(str(degree) for degree in range(1, heads + 1) if heads % degree == 0)
-        raise ConfigError(f"the tensor-parallel degree is {world}; the model's {heads} attention heads allow {allowed}")
-    sizes = {
-        "intermediate_size": config.intermediate_size,
-        "moe_intermediate_size": config.expert_intermediate_size,
-        "vocab_size": config.vocab_size,
-    }
-    for name, size in sizes.items():
-        if size < world:
-            raise ConfigError(f"the tensor-parallel degree is {world}; the model's {name} allows at most {size}")

@@ -124,6 +124,7 @@ class ClusterStatus(_message.Message):
     QUEUE_LIMIT_FIELD_NUMBER: _builtins.int
     ROUTERS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    PENDING_FIELD_NUMBER: _builtins.int
     slots: _builtins.int
     """Slots of all replicas, draining ones included."""
     active: _builtins.int
@@ -142,6 +143,10 @@ class ClusterStatus(_message.Message):
     def routers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Routers whose lease holds."""
 
+    @_builtins.property
+    def pending(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What replicas that have no place wait for, and what the machines have: one line for all that want the same."""
+
     def __init__(
         self,
         *,
@@ -152,10 +157,11 @@ class ClusterStatus(_message.Message):
         queue_limit: _builtins.int = ...,
         routers: _abc.Iterable[_builtins.str] | None = ...,
         version: _builtins.str = ...,
+        pending: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "queue_limit", b"queue_limit", "queued", b"queued", "replicas", b"replicas", "routers", b"routers", "slots", b"slots", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "pending", b"pending", "queue_limit", b"queue_limit", "queued", b"queued", "replicas", b"replicas", "routers", b"routers", "slots", b"slots", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
