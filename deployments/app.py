@@ -53,6 +53,8 @@ def make_engine(settings: Settings, ranks: RankActors | None) -> Engine:
         "device": denoiser.device,
         "threads": denoiser.threads,
         "max_context_tokens": denoiser.max_context_tokens,
+        "prefix_reuse": denoiser.prefix_reuse,
+        "prefill_tiles_per_step": denoiser.prefill_tiles_per_step,
     }
     if ranks is not None:
         return ranks.lead(**chosen)
