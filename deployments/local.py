@@ -40,7 +40,7 @@ from cluster.jobs.store import JobStore
 from cluster.redis_keeper import keep_running
 from cluster.redis_server import RedisServer
 from deployments.app import build
-from deployments.placement import waiting
+from deployments.placement import without_place
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ APP_NAME = "easel"
 OBJECT_STORE_BYTES = 100 * 2**20
 POLL_S = 0.2
 # Nobody adds nodes to a local cluster: what has no place soon will have none.
-PLACE_TIMEOUT_S = 10.0
+PLACE_TIMEOUT_S = 5.0
 SERVE_LOG_LEVEL = "WARNING"
 
 
@@ -193,6 +193,9 @@ def _start_ray(settings: Settings, reports: Reports, owned: contextlib.ExitStack
     )
     owned.callback(ray.shutdown)
     _handle_signals(stop)  # ray.init put its own in place
+    missing = without_place(denoiser, PLACE_TIMEOUT_S)
+    if missing:
+        raise StartupError("; ".join(missing))
     serve.start(proxy_location="Disabled", logging_config={"log_level": SERVE_LOG_LEVEL})
     owned.callback(serve.shutdown)
     return folder
@@ -204,21 +207,10 @@ def _deploy(settings: Settings, reports: Reports, stop: threading.Event) -> None
     application = build(settings.model_dump(mode="json"))
     deployed = _beside(lambda: serve.run(application, name=APP_NAME, route_prefix=None))
     give_up_s = time.monotonic() + START_TIMEOUT_S
-    said, placed_s = "", time.monotonic()
+    said = ""
     while not _done(deployed, POLL_S) and not stop.is_set() and time.monotonic() < give_up_s:
         said = _say_progress(reports, said)
-        placed_s = _when_placed(placed_s)
     _result(deployed, stop)
-
-
-def _when_placed(placed_s: float) -> float:
-    """Now when no replica waits for a place, else `placed_s`. Raises StartupError when that is long ago."""
-    without = waiting(APP_NAME)
-    if not without:
-        return time.monotonic()
-    if time.monotonic() - placed_s > PLACE_TIMEOUT_S:
-        raise StartupError("; ".join(without))
-    return placed_s
 
 
 def _beside(work: Callable[[], object]) -> Future[object]:

@@ -6,6 +6,7 @@ replica, and with that everything that still runs in it.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import ray
 from cluster.config import DenoiserSettings
 
 DENOISER = "Denoiser"
+TRIAL = "easel-trial-"
 # Ray refuses a bundle that reserves nothing.
 LEAST_CPUS = 0.001
 UNPLACED = ("PENDING", "RESCHEDULING")
@@ -58,11 +60,20 @@ def waiting(app_name: str) -> tuple[str, ...]:
 
     Asks Ray's tables, and blocks until it answers.
     """
-    wanted = unplaced(ray.util.placement_group_table().values(), f"SERVE_REPLICA::{app_name}#{DENOISER}#")
-    if not wanted:
-        return ()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return missing(wanted, nodes, ray.available_resources())
+    return _waiting(f"SERVE_REPLICA::{app_name}#{DENOISER}#")
+
+
+def without_place(denoiser: DenoiserSettings, timeout_s: float) -> tuple[str, ...]:
+    """As `waiting`, before there are replicas: reserves a place for each of them, and gives all back."""
+    bundles, strategy = placement_options(denoiser)["placement_group_bundles"], denoiser.placement.upper()
+    give_up_s = time.monotonic() + timeout_s
+    groups = [ray.util.placement_group(bundles, strategy, name=f"{TRIAL}{n}") for n in range(denoiser.replicas)]
+    try:
+        placed = [group.wait(max(0.0, give_up_s - time.monotonic())) for group in groups]
+        return () if all(placed) else _waiting(TRIAL)
+    finally:
+        for group in groups:
+            ray.util.remove_placement_group(group)
 
 
 def unplaced(groups: Iterable[Mapping[str, Any]], prefix: str) -> list[Wanted]:
@@ -85,6 +96,14 @@ def missing(wanted: Iterable[Wanted], nodes: Sequence[Resources], free: Resource
         has = f"1 node with {most}" if len(nodes) == 1 else f"{len(nodes)} nodes with at most {most}"
         lines.append(f"{who} for {want}; the cluster has {has}, and {left} is free")
     return tuple(lines)
+
+
+def _waiting(prefix: str) -> tuple[str, ...]:
+    wanted = unplaced(ray.util.placement_group_table().values(), prefix)
+    if not wanted:
+        return ()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return missing(wanted, nodes, ray.available_resources())
 
 
 def _written(resources: Resources) -> str:

@@ -303,7 +303,7 @@ def test_a_killed_warden_leaves_nothing_after_down(tmp_path: Path) -> None:
         (("--checkpoint", "/nowhere"), "no such folder"),
         (("--redis-url", "redis://127.0.0.1:1/0"), "cannot be reached"),
         (("--redis-url", "http://x"), "redis url"),
-        (("--tp", "2"), "denoiser.tp"),
+        (("--tp", "3"), "4 attention heads allow 1, 2, 4"),
         (("--replicas", "0"), "replicas"),
         (("--config", "/nowhere.yaml"), "cannot be read"),
         (("--port", "99999"), "port"),

@@ -182,6 +182,7 @@ class FakeRouter(generation_pb2_grpc.GenerationServicer, jobs_pb2_grpc.JobsServi
             queue_limit=1000,
             routers=["router-0"],
             version="0.1.0",
+            pending=["1 replica waits for {GPU: 1}"],
         )
 
     async def DrainReplica(  # noqa: N802

@@ -32,8 +32,13 @@ def test_status_tells_draining_replicas_from_ready_ones_and_names_the_routers(se
     served.router.replicas.append(replace(first, replica="r1", draining=True))
     lines = at(served, "status").stdout.splitlines()
     assert [line.split()[:2] for line in lines[2:4]] == [["r0", "ready"], ["r1", "draining"]]
-    assert lines[4] == "1 router: router-0"
+    assert lines[5] == "1 router: router-0"
     assert [row["draining"] for row in json.loads(at(served, "status", "--json").stdout)["replicas"]] == [False, True]
+
+
+def test_status_says_what_replicas_without_a_place_wait_for(served: Served) -> None:
+    assert "pending: 1 replica waits for {GPU: 1}" in at(served, "status").stdout.splitlines()
+    assert json.loads(at(served, "status", "--json").stdout)["pending"] == ["1 replica waits for {GPU: 1}"]
 
 
 def test_drain_waits_until_the_replica_has_left(served: Served) -> None:

@@ -31,7 +31,13 @@ def test_settings_survive_a_trip_through_plain_data() -> None:
         ({"checkpoint": "x", "router": {"port": 70000}}, "router.port: 70000 is not allowed"),
         ({"checkpoint": "x", "denoiser": {"replicas": 0}}, "denoiser.replicas: 0 is not allowed"),
         ({"checkpoint": "x", "denoiser": {"engine": "tpu"}}, "denoiser.engine: 'tpu' is not allowed"),
-        ({"checkpoint": "x", "denoiser": {"tp": 2}}, "denoiser.tp: 2 is not allowed"),
+        ({"checkpoint": "x", "denoiser": {"tp": 0}}, "denoiser.tp: 0 is not allowed"),
+        (
+            {"checkpoint": "x", "denoiser": {"tp": 2, "engine": "fake"}},
+            "denoiser.tp: 2 is not allowed: the fake engine",
+        ),
+        ({"checkpoint": "x", "denoiser": {"placement": "near"}}, "denoiser.placement: 'near' is not allowed"),
+        ({"checkpoint": "x", "denoiser": {"tp": 2, "num_gpus": 0.5}}, "denoiser.num_gpus: 0.5 is not allowed"),
         ({"checkpoint": "x", "state": {"namespace": "a b"}}, "state.namespace: 'a b' is not allowed"),
     ],
 )

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from benchmarks.engine import mixed_prompts
 from cluster.checkpoint import LayerConfig, check_degree, read_checkpoint
 from cluster.core import ModelCard
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, EngineError
 from deployments.engine.api import Engine, EngineJob
 from deployments.engine.torch_tp import weights
 from deployments.engine.torch_tp.engine import load_engine
@@ -224,6 +224,14 @@ def test_ranks_that_would_run_different_things_are_refused_on_both_sides(tiny: P
 def test_a_rank_that_never_comes_is_named(tiny: Path) -> None:
     with pytest.raises(RuntimeError, match=r"ranks 1, 2, 3 did not come within 0\.2 s"):
         lead_rank(tiny, Meeting(HOST, 4, start_timeout_s=0.2), device="cpu")
+
+
+def test_a_rank_that_is_known_not_to_come_is_not_waited_for(tiny: Path) -> None:
+    def check() -> None:
+        raise EngineError("rank 1 has died")
+
+    with pytest.raises(EngineError, match="rank 1 has died"):
+        lead_rank(tiny, Meeting(HOST, 2, start_timeout_s=WAIT_S, check=check), device="cpu")
 
 
 def test_a_stranger_without_the_key_is_not_taken_for_a_rank(tiny: Path) -> None:
