@@ -136,9 +136,7 @@ def poisson_arrivals(prompts: Sequence[Prompt], jobs_per_s: float, seed: int) ->
     return arrivals
 
 
-def serve_with_engine(
-    engine: Engine, arrivals: Sequence[Arrival], sampling: SamplingParams | None = None
-) -> Served:
+def serve_with_engine(engine: Engine, arrivals: Sequence[Arrival], sampling: SamplingParams | None = None) -> Served:
     """Steps the engine until every arrival is answered; jobs wait where all slots are taken."""
     card, served = engine.card, Served()
     sampling = sampling or replace(card.defaults, max_new_tokens=MAX_NEW_TOKENS)
