@@ -100,7 +100,8 @@ def _reason(run: Any) -> str:  # noqa: ANN401 - a reference to what Rank.follow 
         cause = error.cause
         said = str(cause) if isinstance(cause, EaselError) else f"{type(cause).__name__}: {cause}"
     except RayError as error:
-        said = str(error)
+        # What comes before is ids.
+        said = str(error).rpartition("The actor is dead because ")[2]
     else:
         said = "it has ended"
     return " ".join(said.split())[:MAX_REASON_CHARS]

@@ -83,6 +83,7 @@ def test_a_rank_that_dies_or_hangs_costs_no_reader_a_token(
     assert tokens_of(easel) == expected
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_while_nothing_runs_has_its_replica_replaced(easel: Command, expected: Tokens) -> None:
     before, victim = replicas(easel), processes(easel, Role.RANK)[0]
     victim.kill()
