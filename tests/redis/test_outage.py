@@ -72,7 +72,7 @@ async def test_a_redis_that_is_down_is_unavailable_and_then_back(own_server: Red
 
 
 async def test_a_redis_that_hangs_is_unavailable_within_the_timeout(own_server: RedisServer) -> None:
-    store = JobStore(connect(own_server.url, timeout_s=0.3), retry_after_ms=300)
+    store = JobStore(connect(own_server.url, timeout_s=1.0), retry_after_ms=300)
     await store.ping()
     with frozen(own_server):
         await refuse_everything(store)

@@ -62,7 +62,7 @@ def test_stop_can_be_called_twice_and_before_a_start(tmp_path: Path) -> None:
 
 async def test_it_is_set_up_to_lose_nothing(own_server: RedisServer) -> None:
     client = connect(own_server.url)
-    expected = {"appendonly": "yes", "appendfsync": "everysec", "maxmemory-policy": "noeviction", "bind": HOST}
+    expected = {"appendonly": "yes", "appendfsync": "no", "maxmemory-policy": "noeviction", "bind": HOST}
     assert {name: (await client.config_get(name))[name] for name in expected} == expected
     await client.aclose()
 
