@@ -244,7 +244,7 @@ def _stop_unready(warden: subprocess.Popen[bytes]) -> None:
         warden.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         warden.wait(STOP_TIMEOUT_S)
-    _kill_session(warden.pid)
+    _kill(session_of(warden.pid))
 
 
 def _recorded() -> LocalCluster | None:
@@ -277,38 +277,40 @@ def _gone(cluster: LocalCluster, timeout_s: float) -> bool:
     return True
 
 
+def session_of(leader: int) -> list[psutil.Process]:
+    """The processes that still run of the session that a warden leads or led."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def redis_process(cluster: LocalCluster) -> psutil.Process | None:
+    """The cluster's own Redis; None when it has none, or while that is down."""
+    if cluster.redis_pid is None:
+        return None
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(cluster.redis_pid)
+        if "redis" in process.name() and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
+
+
 def _end_leftovers(report: Report) -> bool:
     """Kill what a warden that is gone, or hangs, left; True when there was anything."""
     cluster = _recorded()
     if cluster is None:
         return False
-    left = _kill_session(cluster.pid)
-    if cluster.redis_pid is not None:
-        left += _kill(_redis_of(cluster))
+    redis = redis_process(cluster)
+    left = _kill(session_of(cluster.pid)) + _kill([] if redis is None else [redis])
     if left:
         report(f"ended {left} processes that an earlier cluster left")
     if Path(cluster.ray_dir).name.startswith(RAY_DIR_PREFIX):
         shutil.rmtree(cluster.ray_dir, ignore_errors=True)
     record_path().unlink(missing_ok=True)
     return left > 0
-
-
-def _redis_of(cluster: LocalCluster) -> list[psutil.Process]:
-    try:
-        process = psutil.Process(cluster.redis_pid)
-    except psutil.NoSuchProcess:
-        return []
-    return [process] if "redis" in process.name() else []
-
-
-def _kill_session(leader: int) -> int:
-    """Kill every process of the session that a warden leads or led."""
-    members = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
-            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                members.append(process)
-    return _kill(members)
 
 
 def _kill(processes: list[psutil.Process]) -> int:

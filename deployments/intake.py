@@ -97,24 +97,22 @@ class Intake:
         return Ticket(parsed.spec, feed, joined=False, deadline_s=submission.deadline_s)
 
     async def events(
-        self, job_id: str, feed: Feed | None, *, from_canvas: int = 0, drafts: bool = False
+        self, job_id: str, feed: Feed | None = None, *, from_canvas: int = 0, drafts: bool = False
     ) -> AsyncGenerator[v1.GenerateEvent, None]:
         """A job's events: from this router's own feed, or else from Redis until this router has charge of the job."""
-        if feed is None:
-            async with aclosing(self._stored(job_id, from_canvas)) as stored:
-                async for event in stored:
+        while True:
+            feed = feed or self._supervisor.feed(job_id)
+            if feed is None:
+                source = self._stored(job_id, from_canvas)
+            else:
+                source = feed.read(from_canvas=from_canvas, drafts=drafts)
+            async with aclosing(source) as events:
+                async for event in events:
                     yield event
                     if event.HasField("finished"):
                         return
-                    from_canvas = event.committed.canvas_index + 1
-            feed = self._supervisor.feed(job_id)
-        if feed is None:  # it had charge of the job, and the job has ended
-            events = watch_stored(self._store, self._doorbell, job_id, from_canvas)
-        else:
-            events = feed.read(from_canvas=from_canvas, drafts=drafts)
-        async with aclosing(events):
-            async for event in events:
-                yield event
+                    if event.HasField("committed"):
+                        from_canvas = event.committed.canvas_index + 1
 
     def _stored(self, job_id: str, from_canvas: int) -> AsyncGenerator[v1.GenerateEvent, None]:
         def interrupted() -> EaselError | None:

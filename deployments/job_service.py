@@ -19,16 +19,14 @@ from cluster.rpc.easel.v1 import jobs_pb2 as jobs
 from cluster.rpc.easel.v1 import jobs_pb2_grpc as jobs_grpc
 from cluster.rpc.requests import check_from_canvas, check_job_id, check_within_job, parse_list, under
 from deployments.intake import Intake
-from deployments.supervisor import Supervisor
 from deployments.watch import stored_canvases
 
 
 class JobService(jobs_grpc.JobsServicer):
     """Serves easel.v1.Jobs on one router, for the jobs of all routers."""
 
-    def __init__(self, intake: Intake, supervisor: Supervisor, store: JobStore) -> None:
+    def __init__(self, intake: Intake, store: JobStore) -> None:
         self._intake = intake
-        self._supervisor = supervisor
         self._store = store
 
     async def Submit(  # noqa: N802 - named by the proto
@@ -62,8 +60,7 @@ class JobService(jobs_grpc.JobsServicer):
         yield convert.accepted_event(
             record.job_id, record.prompt_tokens, self._intake.card.name, record.seed, joined=True
         )
-        feed = self._supervisor.feed(request.job_id)
-        events = self._intake.events(request.job_id, feed, from_canvas=request.from_canvas, drafts=request.drafts)
+        events = self._intake.events(request.job_id, from_canvas=request.from_canvas, drafts=request.drafts)
         async with aclosing(events):
             async for event in events:
                 yield event

@@ -158,7 +158,7 @@ class Router:
             options=server_options(max_bytes, share_port=True),
         )
         generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server)
-        jobs = JobService(self._intake, self._supervisor, self._store)
+        jobs = JobService(self._intake, self._store)
         jobs_pb2_grpc.add_JobsServicer_to_server(jobs, server)
         status = ClusterService(
             self._store,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass
 from enum import Enum
 
 import psutil
 
-from cluster.embedded import LocalCluster
+from cluster.embedded import LocalCluster, session_of
 
 
 class Role(Enum):
@@ -30,16 +29,6 @@ class Member:
     frozen: bool
 
 
-def session_of(leader: int) -> list[psutil.Process]:
-    """The processes that still run of the session that `leader` leads or led."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, psutil.Error):
-            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
 def members(cluster: LocalCluster) -> list[Member]:
     """The replicas, routers and ranks of a cluster, in the order of their process ids."""
     found = []
@@ -49,17 +38,6 @@ def members(cluster: LocalCluster) -> list[Member]:
             if role is not None:
                 found.append(Member(role, process, _ports(process), process.status() == psutil.STATUS_STOPPED))
     return sorted(found, key=lambda member: member.process.pid)
-
-
-def redis_process(cluster: LocalCluster) -> psutil.Process | None:
-    """The cluster's own Redis; None when it has none, or while that is down."""
-    if cluster.redis_pid is None:
-        return None
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(cluster.redis_pid)
-        if "redis" in process.name() and process.status() != psutil.STATUS_ZOMBIE:
-            return process
-    return None
 
 
 def _role(title: str) -> Role | None:

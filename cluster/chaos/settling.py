@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import psutil
 
-from cluster.chaos.processes import Shape, members, redis_process, session_of, shape_of
+from cluster.chaos.processes import Shape, members, shape_of
 from cluster.chaos.targets import live_rows, running
 from cluster.client import EaselClient
-from cluster.embedded import LocalCluster
+from cluster.embedded import LocalCluster, redis_process, session_of
 from cluster.errors import EaselError
 
 SETTLE_S = 60.0

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import psutil
 
 from cluster import embedded
-from cluster.chaos.processes import Member, Role, Shape, members, redis_process
+from cluster.chaos.processes import Member, Role, Shape, members
 from cluster.chaos.schedule import KillKind
 from cluster.client import ClusterView, EaselClient
 from cluster.core import ReplicaRow
-from cluster.embedded import LocalCluster
+from cluster.embedded import LocalCluster, redis_process
 from cluster.errors import EaselError, StartupError
 
 _ANSWER_S = 3.0

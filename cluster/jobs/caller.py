@@ -29,9 +29,7 @@ class Caller:
     @classmethod
     def of(cls, redis: Redis, state: StateSettings) -> Self:
         """A store as the settings say."""
-        store = cls(redis, namespace=state.namespace)
-        store._limits = Limits.of(state)
-        return store
+        return cls(redis, namespace=state.namespace, **{name: getattr(state, name) for name in Limits.names()})
 
     async def ping(self) -> None:
         """Reach Redis, check what the namespace holds, and give Redis the scripts.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
-from cluster.config import StateSettings
 from cluster.errors import ConfigError
 
 
@@ -31,9 +30,9 @@ class Limits:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
 
     @classmethod
-    def of(cls, state: StateSettings) -> Limits:
-        """The limits that the settings give."""
-        return cls(**{name: getattr(state, name) for name in cls.__dataclass_fields__})
+    def names(cls) -> tuple[str, ...]:
+        """Of all limits; cluster.config.StateSettings has each under the same name."""
+        return tuple(field.name for field in fields(cls))
 
     @property
     def policy(self) -> str:

@@ -233,8 +233,8 @@ def parse_record(job_id: str, fields: Mapping[str, bytes], now_ms: int) -> JobRe
 
 
 def _parse_history(text: bytes) -> tuple[JobAttempt, ...]:
-    """What lua/lib/requeue.lua keeps, a JSON array of rows."""
-    return tuple(JobAttempt(*row) for row in json.loads(text or b"[]"))
+    """What lua/lib/requeue.lua keeps, a JSON array of rows; each ends with '1' where it was a loss."""
+    return tuple(JobAttempt(*row[:6]) for row in json.loads(text or b"[]"))
 
 
 def parse_usage(row: list[bytes]) -> Usage | None:

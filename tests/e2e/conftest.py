@@ -88,6 +88,15 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     server.stop()
 
 
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server that the test may stop and kill."""
+    server = RedisServer(tmp_path / "redis")
+    server.start()
+    yield server
+    server.stop()
+
+
 @pytest_asyncio.fixture
 async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
     """Start a router and replicas in a namespace of their own; `state`, `router` and `engine` override settings."""

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
+from cluster.chaos.processes import Role, members
 from cluster.client import Committed, EaselClient, Finished, RequestOptions
+from cluster.embedded import LocalCluster, session_of
 from cluster.redis_server import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,18 +80,6 @@ class LongAnswer(NamedTuple):
     indices: tuple[int, ...]
     tokens: tuple[int, ...]
     attempts: int
-
-
-def session_of(leader: int) -> list[psutil.Process]:
-    """The processes that still run of a warden's session."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (ProcessLookupError, psutil.Error):
-            continue
-    return found
 
 
 def wait_until_gone(leader: int, redis_pid: int, timeout_s: float = 15.0) -> None:
@@ -188,12 +178,26 @@ def long_answers(address: str, count: int, *, while_running: Callable[[], None] 
     return asyncio.run(ask())
 
 
+def redeployed_settings(record: dict[str, Any], file: Path) -> Path:
+    """Settings of the cluster as it runs but for the log level: Serve replaces every replica, a few at a time."""
+    settings = {
+        "checkpoint": record["checkpoint"],
+        "log_level": "WARNING",
+        "state": {"url": record["redis_url"]},
+        "router": {"port": int(record["address"].rpartition(":")[2]), "replicas": 2},
+        "denoiser": {"replicas": 2},
+    }
+    file.write_text(json.dumps(settings))  # JSON is YAML
+    return file
+
+
 def test_a_redeploy_of_everything_costs_no_reader_a_token(easel: Command) -> None:
     address = easel.record()["address"]
     expected = [answer[:2] for answer in long_answers(address, 4)]
     before = easel.json("status")
+    settings = redeployed_settings(easel.record(), easel.home / "redeploy.yaml")
     redeploy = subprocess.Popen(
-        [sys.executable, "-m", "tests.e2e.redeploy", str(easel.home), "WARNING", "2"],
+        [sys.executable, "-m", "tests.e2e.deploy", easel.record()["ray_address"], str(settings)],
         env={**easel.environment(), "RAY_AUTH_MODE": "token"},
         cwd=ROOT,
         stderr=subprocess.PIPE,
@@ -239,7 +243,8 @@ def test_a_killed_replica_is_replaced_and_its_readers_get_every_token_once(easel
     address = easel.record()["address"]
     expected = [answer[:2] for answer in long_answers(address, 4)]
     before = {row["replica"] for row in easel.json("status")["replicas"]}
-    victim = next(process for process in session_of(easel.record()["pid"]) if "Denoiser" in _title(process))
+    cluster = LocalCluster(**easel.record())
+    victim = next(member.process for member in members(cluster) if member.role is Role.DENOISER)
 
     def kill() -> None:
         time.sleep(0.1)
@@ -254,13 +259,6 @@ def test_a_killed_replica_is_replaced_and_its_readers_get_every_token_once(easel
             return
         time.sleep(0.5)
     pytest.fail(f"no second replica came back: {now}")
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 def test_down_leaves_no_process_and_says_so_twice(tmp_path: Path) -> None:

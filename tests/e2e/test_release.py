@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -92,15 +91,6 @@ def watched(stack: Stack, stores: list[JobStore]) -> Watched:
     store = JobStore.of(connect_redis(stack.settings.state.url), stack.settings.state)
     stores.append(store)
     return Watched(stack, store)
-
-
-@pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server that the test may stop."""
-    server = RedisServer(tmp_path / "redis")
-    server.start()
-    yield server
-    server.stop()
 
 
 def ask(client: EaselClient, name: str = "job") -> asyncio.Task[Answer]:

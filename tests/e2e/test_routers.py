@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -20,15 +19,6 @@ from cluster.rpc.prompts import build_request
 from tests.e2e.conftest import Connect, Stack, Start, until
 
 SHORT_LEASE = {"lease_ms": 600, "heartbeat_ms": 100}
-
-
-@pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server that the test may stop and kill."""
-    server = RedisServer(tmp_path / "redis")
-    server.start()
-    yield server
-    server.stop()
 
 
 async def canvases_of(events: AsyncIterator[Event]) -> tuple[list[int], list[int], Finished | None]:

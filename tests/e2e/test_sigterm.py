@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
 
+from cluster.chaos.processes import Role, members
 from cluster.client import EaselClient
+from cluster.embedded import LocalCluster
 from cluster.redis_server import free_port
 from tests.e2e.conftest import until
-from tests.e2e.test_cluster import UP_TIMEOUT_S, Command, session_of
+from tests.e2e.test_cluster import UP_TIMEOUT_S, Command
 
-REPLICA = "ServeReplica:easel:Denoiser"
-ROUTER = "ServeReplica:easel:Router"
 SETTINGS = {"denoiser": {"engine": "fake", "slots": 1, "fake_step_ms": 50, "fake_steps_per_canvas": 40}}
 
 
@@ -33,14 +34,8 @@ def easel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     assert down.returncode == 0, down.stderr
 
 
-def processes_of(title: str, leader: int) -> list[psutil.Process]:
-    found = []
-    for process in session_of(leader):
-        try:
-            found += [process] if title in " ".join(process.cmdline()) else []
-        except psutil.Error:
-            continue
-    return found
+def process_of(role: Role, record: dict[str, Any]) -> psutil.Process:
+    return next(member.process for member in members(LocalCluster(**record)) if member.role is role)
 
 
 async def test_a_replica_that_gets_sigterm_gives_its_job_back(easel: Command) -> None:
@@ -53,7 +48,7 @@ async def test_a_replica_that_gets_sigterm_gives_its_job_back(easel: Command) ->
             return len(rows) == 2 and all(row.stats.get("canvas_steps", 0) >= 5 for row in rows)
 
         await until(both_run)
-        victim = processes_of(REPLICA, record["pid"])[0]
+        victim = process_of(Role.DENOISER, record)
         victim.send_signal(signal.SIGTERM)
 
         async def both_are_done() -> bool:
@@ -75,7 +70,7 @@ async def test_a_router_that_gets_sigterm_hands_its_jobs_over(easel: Command) ->
             return (await client.get(job_id)).state == "running"
 
         await until(it_runs)
-        processes_of(ROUTER, record["pid"])[0].send_signal(signal.SIGTERM)
+        process_of(Role.ROUTER, record).send_signal(signal.SIGTERM)
 
         async def it_is_done() -> bool:
             return (await client.get(job_id)).state == "succeeded"

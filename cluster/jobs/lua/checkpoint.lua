@@ -8,7 +8,6 @@
 --@include checkpoint.lua
 
 local job = redis.call('HMGET', KEYS[13], 'state', 'epoch', 'canvases')
-if not job[1] then return not_found() end
-if job[2] ~= ARGV[3] then return stale(job[1], job[2]) end
-if job[1] ~= 'running' then return illegal(job[1], job[2]) end
+local refused = not_running(job[1], job[2], ARGV[3])
+if refused then return refused end
 return save_checkpoint(KEYS[14], job[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7])

@@ -19,9 +19,8 @@
 --@include suspicion.lua
 
 local job = redis.call('HMGET', KEYS[13], 'state', 'epoch', 'replica')
-if not job[1] then return not_found() end
-if job[2] ~= ARGV[3] then return stale(job[1], job[2]) end
-if job[1] ~= 'running' then return illegal(job[1], job[2]) end
+local refused = not_running(job[1], job[2], ARGV[3])
+if refused then return refused end
 
 local now_ms = clock_ms()
 suspect(job[3], now_ms)

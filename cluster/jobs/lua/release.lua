@@ -23,9 +23,8 @@
 
 local job_id = ARGV[2]
 local job = redis.call('HMGET', KEYS[13], 'state', 'epoch', 'router', 'canvases')
-if not job[1] then return not_found() end
-if job[2] ~= ARGV[3] then return stale(job[1], job[2]) end
-if job[1] ~= 'running' then return illegal(job[1], job[2]) end
+local refused = not_running(job[1], job[2], ARGV[3])
+if refused then return refused end
 
 local now_ms = clock_ms()
 if ARGV[8] then save_checkpoint(KEYS[14], job[4], ARGV[8], ARGV[9], ARGV[10], ARGV[11]) end

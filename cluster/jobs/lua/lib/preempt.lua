@@ -30,7 +30,7 @@ end
 -- A mark is a slot on its way: as many of the jobs in front of the queue are served by the marks that are out. The
 -- slot of a replica that takes no jobs now would help nobody: its jobs are passed over.
 local function mark_victims(now_ms)
-  if redis.call('ZCARD', QUEUE) == 0 then return end
+  if redis.call('ZCARD', QUEUE) <= redis.call('SCARD', MARKED) then return end
   local marked, passed, apart = 0, 0, replicas_apart()
   while marked < 8 and passed < 64 do
     local victim = redis.call('ZRANGEBYLEX', VICTIMS, '-', '+', 'LIMIT', passed, 1)[1]

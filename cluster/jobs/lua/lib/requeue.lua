@@ -10,12 +10,11 @@ local function remember(history, row)
 end
 
 -- What people read of a job that was lost too often: its last losses, without the ends that were nobody's fault.
-local NO_LOSS = {PREEMPTED = true, DRAINED = true, ROUTER_LOST = true}
 local function told(rows, losses)
   local words = {}
   for i = #rows, 1, -1 do
     local row = rows[i]
-    if #words < losses and not NO_LOSS[row[3]] then
+    if #words < losses and row[7] == '1' then
       table.insert(words, 1, row[3] .. ' on ' .. row[2] .. ' (' .. row[4] .. ')')
     end
   end
@@ -28,7 +27,7 @@ local function requeue(job_id, reason, message, loss, now_ms)
   local key = job_key(job_id)
   local job = redis.call('HMGET', key, 'replica', 'member', 'router', 'epoch', 'losses', 'history', 'victim',
     'assigned_ms', 'priority')
-  local rows = remember(job[6], {tonumber(job[4]), job[1], reason, message, tonumber(job[8]), now_ms})
+  local rows = remember(job[6], {tonumber(job[4]), job[1], reason, message, tonumber(job[8]), now_ms, loss})
   local losses = tonumber(job[5])
   if loss == '1' then losses = losses + 1 end
   redis.call('HSET', key, 'losses', losses, 'history', cjson.encode(rows))
