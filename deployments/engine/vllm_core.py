@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 KEY_BYTES = 32
 CALL_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 10.0
+# Nothing of vLLM's is worth waiting for once its jobs are gone.
+GRACE_S = 1.0
 # vLLM starts before its worker connects: loading weights takes minutes for a large model.
 START_TIMEOUT_S = 1800.0
 NO_MEDIA = {"image": 0, "video": 0}
@@ -96,7 +98,6 @@ class VllmCore:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._llm: AsyncLLM | None = None
         self._closed = False
-        self.ended: set[str] = set()
         listener = socket.create_server((settings.host, 0))
         address = Address(
             _advertised(settings.host), listener.getsockname()[1], secrets.token_bytes(KEY_BYTES), settings.step_timeout_s
@@ -144,6 +145,10 @@ class VllmCore:
             extra_args={EXTRA: plan},
         )
         self._call(self._begin(key, tokens, params))
+
+    def has_ended(self, key: str) -> bool:
+        """Whether vLLM is done with a request that was added."""
+        return key not in self._tasks
 
     def abort(self, key: str) -> None:
         """Takes a request out of vLLM; one that has ended is ignored."""
@@ -221,8 +226,9 @@ class VllmCore:
         self._tasks[key] = asyncio.get_running_loop().create_task(self._follow(key, tokens, params), name=key)
 
     async def _follow(self, key: str, tokens: list[int], params: Any) -> None:  # noqa: ANN401
+        prompt = self._vllm.inputs.tokens_input(tokens)
         try:
-            async for _ in self._running().generate({"prompt_token_ids": tokens}, params, request_id=key):
+            async for _ in self._running().generate(prompt, params, request_id=key):
                 pass
         except asyncio.CancelledError:
             raise
@@ -230,7 +236,6 @@ class VllmCore:
             self.words.fail(f"vllm gave up on a job: {_one_line(error)}")
         finally:
             self._tasks.pop(key, None)
-            self.ended.add(key)
 
     def _cancel(self, key: str) -> None:
         task = self._tasks.get(key)
@@ -251,7 +256,8 @@ class VllmCore:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._llm is not None:
-            self._llm.shutdown(timeout=CLOSE_TIMEOUT_S)
+            self._llm.shutdown(timeout=GRACE_S)
+            self._llm = None
 
     def _end_loop(self) -> None:
         with suppress(EngineError):
@@ -289,6 +295,7 @@ def _import_vllm() -> Any:  # noqa: ANN401 - vLLM has no types here
     try:
         import vllm  # noqa: PLC0415
         import vllm.envs  # noqa: PLC0415
+        import vllm.inputs  # noqa: PLC0415
         import vllm.v1.engine.exceptions  # noqa: PLC0415
     except ImportError as error:
         raise EngineError(f"the vllm engine needs `pip install easel[vllm]`: {_one_line(error)}") from None

@@ -206,7 +206,7 @@ class VllmEngine:
             lost = self._core.lost()
             if lost is not None:
                 raise EngineError(lost)
-            ended = [job.spec.job_id for job in self._jobs.values() if job.key in self._core.ended]
+            ended = [job.spec.job_id for job in self._jobs.values() if self._core.has_ended(job.key)]
             if word is None and ended:
                 raise EngineError(f"vllm ended job {ended[0]} before its last canvas")
             if time.monotonic() > end_s:
