@@ -93,6 +93,11 @@ class VllmCore:
     def __init__(self, checkpoint: Checkpoint, settings: VllmSettings) -> None:
         self._checkpoint, self._settings = checkpoint, settings
         self._vllm = _import_vllm()
+        platform = self._vllm.platforms.current_platform.device_type
+        if settings.device not in ("auto", platform):
+            raise ConfigError(
+                f"denoiser.device is {settings.device!r}, but this vllm runs on {platform!r}; set it to auto"
+            )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-loop", daemon=True)
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -100,7 +105,7 @@ class VllmCore:
         self._closed = False
         listener = socket.create_server((settings.host, 0))
         address = Address(
-            _advertised(settings.host), listener.getsockname()[1], secrets.token_bytes(KEY_BYTES), settings.step_timeout_s
+            settings.host, listener.getsockname()[1], secrets.token_bytes(KEY_BYTES), settings.step_timeout_s
         )
         self._thread.start()
         try:
@@ -269,7 +274,13 @@ class VllmCore:
 
 
 def request_plan(
-    key: str, sampling: SamplingParams, eos: tuple[int, ...], *, canvas_index: int, canvases: int, state: CanvasState | None
+    key: str,
+    sampling: SamplingParams,
+    eos: tuple[int, ...],
+    *,
+    canvas_index: int,
+    canvases: int,
+    state: CanvasState | None,
 ) -> dict[str, Any]:
     """What the plugin must know of a request, in types that vLLM's messages carry."""
     saved = None
@@ -296,6 +307,7 @@ def _import_vllm() -> Any:  # noqa: ANN401 - vLLM has no types here
         import vllm  # noqa: PLC0415
         import vllm.envs  # noqa: PLC0415
         import vllm.inputs  # noqa: PLC0415
+        import vllm.platforms  # noqa: PLC0415
         import vllm.v1.engine.exceptions  # noqa: PLC0415
     except ImportError as error:
         raise EngineError(f"the vllm engine needs `pip install easel[vllm]`: {_one_line(error)}") from None
@@ -311,10 +323,6 @@ def _answer(listener: socket.socket, key: bytes, found: list[socket.socket]) -> 
         while not found and time.monotonic() < end_s:
             follower = accept_follower(listener, key, START_TIMEOUT_S)
             found += [follower[1]] if follower else []
-
-
-def _advertised(host: str) -> str:
-    return socket.gethostbyname(socket.gethostname()) if host == "0.0.0.0" else host  # noqa: S104
 
 
 def _one_line(error: BaseException) -> str:

@@ -166,7 +166,9 @@ class VllmEngine:
 
     def _progress(self, job: _Job, canvas: Canvas) -> Progress:
         if math.isnan(canvas.mean_entropy):
-            raise EngineError(f"vllm computed scores that are no numbers (canvas {canvas.canvas_index}, step {canvas.step})")
+            raise EngineError(
+                f"vllm computed scores that are no numbers (canvas {canvas.canvas_index}, step {canvas.step})"
+            )
         self._canvas_steps += 1
         job.step = canvas.step
         draft = tuple(canvas.argmax.tolist()) if job.spec.wants_drafts else ()
@@ -174,7 +176,7 @@ class VllmEngine:
         return Progress(job.spec.job_id, canvas.canvas_index, canvas.step, canvas.mean_entropy, accepted, draft)
 
     def _commit(self, job: _Job, canvas: Canvas) -> Commit:
-        if (canvas.argmax == self._card.pad_token_id).all():
+        if (canvas.argmax == self._card.pad_token_id).all() and _is_broken(job, canvas):
             raise EngineError(f"vllm computed a canvas of padding alone (canvas {canvas.canvas_index})")
         self._canvases += 1
         job.canvas_index, job.step = canvas.canvas_index + 1, 0
@@ -227,3 +229,9 @@ class VllmEngine:
             job.job_id,
             self._exact_tokens,
         )
+
+
+def _is_broken(job: _Job, canvas: Canvas) -> bool:
+    """Of a canvas of padding alone. Models do write one, and are sure of it, after an answer that was cut short; as a
+    whole answer, or without being sure, it is what scores look like that are all the same."""
+    return canvas.canvas_index == 0 or not canvas.mean_entropy < job.spec.sampling.confidence_threshold

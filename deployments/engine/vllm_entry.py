@@ -27,7 +27,9 @@ def check_version(found: str) -> None:
 def check_plugin(allowed: list[str] | None) -> None:
     """Raises EngineError when vLLM's processes would not load the plugin; `allowed` is vLLM's own VLLM_PLUGINS."""
     if PLUGIN not in entry_points(group=PLUGIN_GROUP).names:
-        raise EngineError("easel's plugin for vllm is not registered: install the package, a copy of its files is not enough")
+        raise EngineError(
+            "easel's plugin for vllm is not registered: install the package, a copy of its files is not enough"
+        )
     if allowed is not None and PLUGIN not in allowed:
         raise EngineError(f"VLLM_PLUGINS is {','.join(allowed)!r}; the vllm engine needs {PLUGIN!r} in it")
 

@@ -7,11 +7,8 @@ in progress can be taken out and put back. Every rank runs all of this on the sa
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -27,11 +24,11 @@ from vllm.model_executor.models.diffusion_gemma import (
 from vllm.model_executor.models.diffusion_gemma_sampler import sample_row_stats
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from cluster.core import SamplingParams
-from deployments.engine.randomness import initial_canvas, step_draws
+from deployments.engine.randomness import step_draws
 from deployments.engine.torch_tp.payload import CanvasState
 from deployments.engine.torch_tp.sampler import accepted_positions, inverse_cdf, temperature
-from deployments.engine.vllm_wire import EXTRA, Address, Canvas, StepEvent, WorkerEnd
+from deployments.engine.vllm_requests import Outcome, Phase, Reporter, Request
+from deployments.engine.vllm_wire import EXTRA, Address, StepEvent, WorkerEnd
 
 # What the working copies of a tile's scores may take of the free memory of a GPU, and how many there are at once.
 TILE_MEMORY_SHARE = 0.5
@@ -47,138 +44,6 @@ class EaselDiffusionGemma(DiffusionGemmaForConditionalGeneration):  # type: igno
 
     def get_model_state_cls(self) -> type[Any]:
         return EaselState if self._driven else DiffusionGemmaModelState
-
-
-class Phase(Enum):
-    """Of a request, as the host knows it before a forward."""
-
-    CONTEXT = 0
-    DENOISE = 1
-    COMMIT = 2
-    DONE = 3
-
-
-@dataclass(slots=True)
-class Request:
-    """The host's record of a request in one of vLLM's slots. `step` counts the finished steps of its canvas."""
-
-    key: str
-    sampling: SamplingParams
-    eos: tuple[int, ...]
-    canvases: int
-    canvas_index: int
-    state: CanvasState | None
-    phase: Phase = Phase.CONTEXT
-    step: int = 0
-
-    @classmethod
-    def of(cls, plan: Mapping[str, Any], commits_since: int) -> Request:
-        """From what the engine put into extra_args. vLLM brings a request back, with what it has committed since, when
-        it ran out of memory in between: its canvas then starts again."""
-        state = plan["state"]
-        return cls(
-            key=plan["key"],
-            sampling=SamplingParams(**plan["sampling"]),
-            eos=tuple(plan["eos"]),
-            canvases=plan["canvases"],
-            canvas_index=plan["canvas_index"] + commits_since,
-            state=_state_of(state) if state and not commits_since else None,
-        )
-
-    def take(self, converged: bool, last: bool) -> None:
-        """One more step of the canvas is done."""
-        self.step += 1
-        if converged:
-            self.phase = Phase.DONE if last else Phase.COMMIT
-
-    def next_canvas(self) -> None:
-        self.canvas_index += 1
-        self.step, self.phase = 0, Phase.DENOISE
-
-    def noise(self, canvas_index: int, canvas_tokens: int, vocab_size: int) -> NDArray[np.int64]:
-        return initial_canvas(self.sampling.seed, canvas_index, canvas_tokens, vocab_size)
-
-
-def _state_of(plan: Mapping[str, Any]) -> CanvasState:
-    tokens = np.frombuffer(plan["tokens"], dtype=np.int64)
-    return CanvasState(
-        tokens=tokens,
-        argmax=np.frombuffer(plan["argmax"], dtype=np.int64),
-        soft=np.frombuffer(plan["soft"], dtype=np.float32).reshape(len(tokens), -1),
-        step=plan["step"],
-        unchanged_steps=plan["unchanged_steps"],
-        dtype="",
-    )
-
-
-class Outcome:
-    """What the device decided in one forward, on its way to the host.
-
-    `argmax` int64 [requests, canvas_tokens]; `numbers` float64 [4, requests]: mean entropy, accepted positions, converged,
-    last. `requests` are those that denoised.
-    """
-
-    def __init__(self, requests: Sequence[Request], argmax: Tensor, numbers: Tensor, event: StepEvent) -> None:
-        self._requests, self._event = requests, event
-        self._steps = [(request.canvas_index, request.step + 1) for request in requests]
-        self._argmax, self._numbers = _to_host(argmax), _to_host(numbers)
-        self._copied: Any = None
-        if argmax.is_cuda:
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def wait(self) -> None:
-        if self._copied is not None:
-            self._copied.synchronize()
-
-    def settle(self) -> None:
-        """Brings the host's records up to date."""
-        self.wait()
-        for request, converged, last in zip(self._requests, *self._numbers[2:].bool().tolist(), strict=True):
-            request.take(converged, last)
-
-    def event(self) -> StepEvent:
-        entropy, accepted, converged, last = self._numbers.tolist()
-        canvases = tuple(
-            Canvas(
-                key=request.key,
-                canvas_index=canvas_index,
-                step=step,
-                mean_entropy=entropy[i],
-                accepted_tokens=int(accepted[i]),
-                argmax=self._argmax[i].numpy(),
-                converged=bool(converged[i]),
-                last=bool(last[i]),
-            )
-            for i, (request, (canvas_index, step)) in enumerate(zip(self._requests, self._steps, strict=True))
-        )
-        return StepEvent(
-            canvases, self._event.prefill_tokens, self._event.context_tokens, self._event.cached_tokens
-        )
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-class Reporter:
-    """Sends outcomes as soon as the device has them, while the thread that runs forwards prepares the next one."""
-
-    def __init__(self, link: WorkerEnd) -> None:
-        self._link = link
-        self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
-        threading.Thread(target=self._run, name="easel-reports", daemon=True).start()
-
-    def put(self, outcome: Outcome) -> None:
-        self._outcomes.put(outcome)
-
-    def _run(self) -> None:
-        while True:
-            outcome = self._outcomes.get()
-            outcome.wait()
-            self._link.report(outcome.event())
 
 
 class EaselState(DiffusionGemmaModelState):  # type: ignore[misc]
@@ -232,6 +97,23 @@ class EaselState(DiffusionGemmaModelState):  # type: ignore[misc]
             self._real = False
             self._wait(input_batch.idx_mapping_np[: input_batch.num_reqs].tolist())
         return inputs
+
+    def _apply_self_conditioning(
+        self,
+        decode_slots_np: NDArray[Any],
+        decode_idx_np: NDArray[Any],
+        query_start_loc_np: NDArray[Any],
+        inputs_embeds: Tensor,
+        sc_embeds: Tensor,
+    ) -> None:
+        """Leaves the rows of a canvas that is committed as they are: context has no self-conditioning, and not its
+        norm either. vLLM applies that norm to them, which makes what it commits differ from what it prefills."""
+        plain = inputs_embeds.clone()
+        super()._apply_self_conditioning(decode_slots_np, decode_idx_np, query_start_loc_np, inputs_embeds, sc_embeds)
+        for slot, row in zip(decode_slots_np.tolist(), decode_idx_np.tolist(), strict=True):
+            span = slice(int(query_start_loc_np[row]), int(query_start_loc_np[row + 1]))
+            commits = self.diffusion_states.is_encoder_phase[slot]
+            inputs_embeds[span] = torch.where(commits, plain[span], inputs_embeds[span])
 
     def report(self, outcome: Outcome) -> None:
         """Every rank's records wait for it; rank 0 sends it if the engine waits for it too."""
@@ -427,7 +309,8 @@ class EaselSampler(DiffusionSampler):  # type: ignore[misc]
     def _decide_tile(self, logits: Tensor, requests: Sequence[Request]) -> Decision:
         """logits: [requests, canvas_tokens, vocab], soft-capped."""
         draws = [
-            step_draws(r.sampling.seed, r.canvas_index, r.step + 1, self.canvas_length, self.vocab_size) for r in requests
+            step_draws(r.sampling.seed, r.canvas_index, r.step + 1, self.canvas_length, self.vocab_size)
+            for r in requests
         ]
         heats = np.array([temperature(r.sampling, r.step + 1) for r in requests], dtype=np.float32)
         bounds = np.array([[r.sampling.entropy_bound] for r in requests], dtype=np.float32)
@@ -461,7 +344,7 @@ class EaselSampler(DiffusionSampler):  # type: ignore[misc]
         soft = torch.matmul(local, self.embed_weight[: self.sc_vocab_end - self.sc_vocab_start])
         if self.tp_size > 1:
             soft = torch.ops.vllm.all_reduce(soft, group_name=self.tp_group_name)
-        return soft * self.normalizer
+        return soft * self.normalizer  # type: ignore[no-any-return]
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
         return async_tensor_h2d(array, device=self.diffusion_states.device)  # type: ignore[no-any-return]

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from deployments.engine.api import Engine
-from tests.contract.test_engine_contract import *  # noqa: F403 - the suite itself
+from tests.contract import test_engine_contract as suite
 from tests.contract.test_engine_contract import Maker
+
+globals().update({name: test for name, test in vars(suite).items() if name.startswith("test_")})
 
 
 @pytest.fixture

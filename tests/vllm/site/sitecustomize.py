@@ -37,12 +37,12 @@ class PlaceholderDriver:
         return 0
 
     def get_current_target(self) -> Any:  # noqa: ANN401
-        from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+        from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cpu", 0, 32)
 
     def get_active_torch_device(self) -> Any:  # noqa: ANN401
-        import torch  # noqa: PLC0415
+        import torch
 
         return torch.device("cpu")
 
@@ -58,11 +58,11 @@ class BeforeVllm(importlib.abc.MetaPathFinder):
 
 
 def prepare() -> None:
-    import torch  # noqa: PLC0415
-    from triton.backends import Backend, backends  # noqa: PLC0415
-    from triton.runtime.driver import driver  # noqa: PLC0415
+    import torch
+    from triton.backends import Backend, backends
+    from triton.runtime.driver import driver
 
-    backends.setdefault("cpu", Backend(None, PlaceholderDriver))  # type: ignore[arg-type]
+    backends.setdefault("cpu", Backend(None, PlaceholderDriver))
     driver.set_active(PlaceholderDriver())
     # This torchvision was built for CUDA: without these definitions its import fails on a CPU build of torch.
     for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", QNMS):
