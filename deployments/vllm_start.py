@@ -16,7 +16,8 @@ def vllm_engine(settings: Settings) -> Engine:
     """Starts vLLM for the replica that asks. Raises CheckpointError, ConfigError or EngineError.
 
     One rank runs in vLLM's engine process, a child of the replica that sees the replica's GPU. Several are Ray actors
-    in the bundles of the replica's placement group; on a CPU, for which vLLM has no way through Ray, they are processes.
+    in the bundles of the replica's placement group; on a CPU, which vLLM
+    does not reach through Ray, they are processes.
     """
     from deployments.engine.vllm_engine import load_engine  # noqa: PLC0415 - only who asks for an engine imports it
 

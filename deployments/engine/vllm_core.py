@@ -1,4 +1,4 @@
-"""vLLM itself, started and ended: AsyncLLM on an event loop of its own, and the connection to the plugin in its worker."""
+"""vLLM itself, started and ended: AsyncLLM on an event loop of its own, and the connection to the plugin."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ class VllmSettings:
         wanted = self.max_context_tokens or limit
         if not canvas < wanted <= limit:
             raise ConfigError(
-                f"max_context_tokens is {wanted}; it must be above one canvas of {canvas} and at most the model's {limit}"
+                f"max_context_tokens is {wanted}; it must be above one canvas of {canvas} and at most "
+                f"the model's {limit}"
             )
         return wanted
 
@@ -219,8 +220,8 @@ class VllmCore:
         fits = config.cache_config.kv_cache_max_concurrency
         if fits is not None and fits < self._settings.slots:
             raise ConfigError(
-                f"denoiser.max_context_tokens is {config.model_config.max_model_len}; the memory that vllm has left holds "
-                f"{fits:.1f} contexts of that length, and denoiser.slots asks for {self._settings.slots}"
+                f"denoiser.max_context_tokens is {config.model_config.max_model_len}; the memory that vllm has left "
+                f"holds {fits:.1f} contexts of that length, and denoiser.slots asks for {self._settings.slots}"
             )
 
     def _running(self) -> AsyncLLM:

@@ -41,9 +41,17 @@ class EaselDiffusionGemma(DiffusionGemmaForConditionalGeneration):  # type: igno
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:  # noqa: ANN401
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._driven = isinstance(vllm_config.additional_config, Address)
+        self._vocab_size = vllm_config.model_config.get_vocab_size()
 
     def get_model_state_cls(self) -> type[Any]:
         return EaselState if self._driven else DiffusionGemmaModelState
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Scores [rows, vocab]. A forward over prompts alone has no rows, and ranks have nothing to gather: vLLM's
+        shared memory for ranks on a CPU divides by their number."""
+        if not len(hidden_states):
+            return hidden_states.new_empty((0, self._vocab_size))
+        return super().compute_logits(hidden_states)  # type: ignore[no-any-return]
 
 
 class EaselState(DiffusionGemmaModelState):  # type: ignore[misc]

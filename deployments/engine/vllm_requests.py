@@ -88,8 +88,8 @@ def _state_of(plan: Mapping[str, Any]) -> CanvasState:
 class Outcome:
     """What the device decided in one forward, on its way to the host.
 
-    `argmax` int64 [requests, canvas_tokens]; `numbers` float64 [4, requests]: mean entropy, accepted positions, converged,
-    last. `requests` are those that denoised.
+    `argmax` int64 [requests, canvas_tokens]; `numbers` float64 [4, requests]: mean entropy, accepted positions,
+    converged, last. `requests` are those that denoised.
     """
 
     def __init__(self, requests: Sequence[Request], argmax: Tensor, numbers: Tensor, event: StepEvent) -> None:
