@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # How often a wait looks whether vLLM has ended a request that Easel still waits for.
 LOOK_S = 1.0
+# Of the entropy of scores that are all the same.
+UNSURE_SHARE = 0.5
 
 
 @dataclass(slots=True)
@@ -176,7 +178,7 @@ class VllmEngine:
         return Progress(job.spec.job_id, canvas.canvas_index, canvas.step, canvas.mean_entropy, accepted, draft)
 
     def _commit(self, job: _Job, canvas: Canvas) -> Commit:
-        if (canvas.argmax == self._card.pad_token_id).all() and _is_broken(job, canvas):
+        if (canvas.argmax == self._card.pad_token_id).all() and _all_the_same(canvas, self._card.vocab_size):
             raise EngineError(f"vllm computed a canvas of padding alone (canvas {canvas.canvas_index})")
         self._canvases += 1
         job.canvas_index, job.step = canvas.canvas_index + 1, 0
@@ -231,7 +233,7 @@ class VllmEngine:
         )
 
 
-def _is_broken(job: _Job, canvas: Canvas) -> bool:
-    """Of a canvas of padding alone. Models do write one, and are sure of it, after an answer that was cut short; as a
-    whole answer, or without being sure, it is what scores look like that are all the same."""
-    return canvas.canvas_index == 0 or not canvas.mean_entropy < job.spec.sampling.confidence_threshold
+def _all_the_same(canvas: Canvas, vocab_size: int) -> bool:
+    """Whether its scores hardly tell tokens apart. Models do write canvases of padding alone, after an answer that was
+    cut short or a prompt that means nothing, but they are sure of them."""
+    return not canvas.mean_entropy < UNSURE_SHARE * math.log(vocab_size)

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,14 @@ def engine() -> Iterator[VllmEngine]:
 
 def children(named: str) -> list[psutil.Process]:
     """vLLM's processes of this test, by the title that vLLM gives them."""
-    return [p for p in psutil.Process().children(recursive=True) if named in " ".join(p.cmdline())]
+    return [p for p in psutil.Process().children(recursive=True) if named in title_of(p)]
+
+
+def title_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
 
 
 def wait_lost(engine: VllmEngine) -> str:
