@@ -112,9 +112,13 @@ class VllmCore:
         try:
             with listener:
                 self.words, self.ready = self._meet(listener, address)
-            self._check_memory()
         except BaseException:
             self._end_loop()
+            raise
+        try:
+            self._check_memory()
+        except ConfigError:
+            self.close()
             raise
 
     @property

@@ -117,8 +117,9 @@ class Address:
 class WorkerEnd:
     """The plugin's end. `wait` and `report` belong to the thread that runs forwards."""
 
-    def __init__(self, address: Address, device: str, ranks: int) -> None:
-        """Raises OSError when the engine is not there."""
+    def __init__(self, address: Address, device: str, ranks: int, leave: Callable[[int], object] = os._exit) -> None:
+        """`leave` ends this process when the replica is gone. Raises OSError when the engine is not there."""
+        self._leave = leave
         self._peer = join_lead(address.host, address.port, address.key, 0, HELLO_TIMEOUT_S)
         settle(self._peer, address.timeout_s)
         self._news = threading.Condition()
@@ -171,9 +172,10 @@ class WorkerEnd:
             with self._news:
                 self._obey(order)
                 self._news.notify_all()
+        self._peer.close()
         if not self._open:
             # The replica is gone: nobody will ever ask for what this process computes, or end it.
-            os._exit(1)
+            self._leave(1)
 
     def _obey(self, order: Order) -> None:
         if isinstance(order, Go):
