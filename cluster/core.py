@@ -71,7 +71,8 @@ class ModelCard:
 class JobSpec:
     """One job, resolved: what a replica needs to compute it, and nothing that changes while it runs.
 
-    `wants_drafts` tells whichever router has charge of the job to ask its replica for drafts.
+    `wants_drafts` tells whichever router has charge of the job to ask its replica for drafts. `traceparent` is the
+    span under which it was submitted, "" where nobody traces it.
     """
 
     job_id: str
@@ -81,6 +82,7 @@ class JobSpec:
     priority: Priority = Priority.NORMAL
     tenant: str = ""
     wants_drafts: bool = False
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

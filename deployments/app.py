@@ -16,9 +16,11 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.checkpoint import check_degree, read_checkpoint
 from cluster.config import Settings, parse_settings
+from cluster.telemetry.telemetry import FLUSH_S, Telemetry, make_telemetry
 from deployments.engine.api import Engine
 from deployments.placement import DENOISER, placement_options
 from deployments.placement_watch import PlacementWatch
+from deployments.ray_metrics import RayRecorder
 from deployments.replica import Replica
 from deployments.router import LEAVING_S, Router
 from deployments.tokenizer import Tokenizer
@@ -83,15 +85,20 @@ class DenoiserDeployment:
         # Loading takes up to minutes for a large model; Serve's own calls must be answered meanwhile.
         self._ranks = rank_actors(settings)
         engine = await loop.run_in_executor(None, make_engine, settings, self._ranks)
+        name = _own_name("denoiser")
+        self._telemetry = make_telemetry(
+            settings.telemetry.traces, RayRecorder(), process=name, service="easel-denoiser"
+        )
         self._replica = Replica(
             settings,
             engine,
             Tokenizer(Path(settings.checkpoint)).decode,
-            name=_own_name("denoiser"),
+            name=name,
             advertised_host=_reachable(settings.denoiser.host),
+            telemetry=self._telemetry,
         )
         await self._replica.start()
-        _at_exit(self._replica.drain, loop, _denoiser_leaves_within_s(settings))
+        _at_exit(self._replica.drain, loop, _denoiser_leaves_within_s(settings), self._telemetry)
 
     async def check_health(self) -> None:
         """Serve's question every HEALTH_PERIOD_S; an error has the replica replaced."""
@@ -101,6 +108,7 @@ class DenoiserDeployment:
         await self._replica.close()
         if self._ranks is not None:
             self._ranks.close()
+        await asyncio.to_thread(self._telemetry.tracer.close, FLUSH_S)
 
 
 class RouterDeployment:
@@ -115,13 +123,16 @@ class RouterDeployment:
         _log_to(settings)
         self._watch = PlacementWatch(serve.get_replica_context().app_name)
         self._watch.begin()
-        self._router = Router(settings, name=_own_name("router"), pending=self._watch.lines)
+        name = _own_name("router")
+        self._telemetry = make_telemetry(settings.telemetry.traces, RayRecorder(), process=name, service="easel-router")
+        self._router = Router(settings, name=name, pending=self._watch.lines, telemetry=self._telemetry)
         self.port = await self._router.start()
-        _at_exit(self._router.close, asyncio.get_running_loop(), _router_leaves_within_s(settings))
+        _at_exit(self._router.close, asyncio.get_running_loop(), _router_leaves_within_s(settings), self._telemetry)
 
     async def __del__(self) -> None:
         self._watch.close()
         await self._router.close()
+        await asyncio.to_thread(self._telemetry.tracer.close, FLUSH_S)
 
 
 def build(values: Mapping[str, Any]) -> serve.Application:
@@ -161,7 +172,12 @@ def _router_leaves_within_s(settings: Settings) -> float:
     return settings.router.drain_timeout_s + LEAVING_S + CLOSE_SLACK_S
 
 
-def _at_exit(leave: Callable[[], Coroutine[Any, Any, None]], loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
+def _at_exit(
+    leave: Callable[[], Coroutine[Any, Any, None]],
+    loop: asyncio.AbstractEventLoop,
+    timeout_s: float,
+    telemetry: Telemetry,
+) -> None:
     """Have a process that gets SIGTERM leave in order.
 
     Ray answers the signal by ending the process, and Serve hears of it too late to call `__del__`. User code runs
@@ -171,6 +187,7 @@ def _at_exit(leave: Callable[[], Coroutine[Any, Any, None]], loop: asyncio.Abstr
     def at_exit() -> None:
         if loop.is_running():
             wait((asyncio.run_coroutine_threadsafe(leave(), loop),), timeout=timeout_s)
+        telemetry.tracer.close(FLUSH_S)
 
     atexit.register(at_exit)
 

@@ -40,6 +40,7 @@ def job_spec_to_proto(spec: JobSpec) -> denoiser_pb2.JobSpec:
         priority=int(spec.priority),
         tenant=spec.tenant,
         drafts=spec.wants_drafts,
+        traceparent=spec.traceparent,
     )
 
 
@@ -63,6 +64,7 @@ def job_spec_from_proto(message: denoiser_pb2.JobSpec) -> JobSpec:
         priority=Priority(message.priority),
         tenant=message.tenant,
         wants_drafts=message.drafts,
+        traceparent=message.traceparent,
     )
 
 

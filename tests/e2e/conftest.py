@@ -17,6 +17,7 @@ from cluster.checkpoint import read_checkpoint
 from cluster.client import EaselClient
 from cluster.config import Settings, overlay, parse_settings
 from cluster.redis_server import RedisServer
+from cluster.telemetry.telemetry import Telemetry
 from deployments.engine.fake import FakeEngine
 from deployments.replica import Replica
 from deployments.router import Router
@@ -36,10 +37,11 @@ class Stack:
     routers: dict[str, Router] = field(default_factory=dict)
     addresses: dict[str, str] = field(default_factory=dict)
     redis: RedisServer | None = None
+    telemetry: Callable[[str], Telemetry] = field(default=lambda name: Telemetry())
 
     async def add_router(self, name: str, *, port: int = 0) -> str:
         settings = parse_settings(overlay(self.settings.model_dump(mode="json"), {"router": {"port": port}}))
-        router = self.routers[name] = Router(settings, name=name)
+        router = self.routers[name] = Router(settings, name=name, telemetry=self.telemetry(name))
         self.addresses[name] = f"127.0.0.1:{await router.start()}"
         return self.addresses[name]
 
@@ -48,7 +50,14 @@ class Stack:
         values: dict[str, Any] = {"slots": 2, "steps_per_canvas": 4, "step_time_ms": 5.0} | engine
         made = FakeEngine(card, **values)
         self.engines[name] = made
-        replica = Replica(self.settings, made, Tokenizer(CHECKPOINT).decode, name=name, advertised_host="127.0.0.1")
+        replica = Replica(
+            self.settings,
+            made,
+            Tokenizer(CHECKPOINT).decode,
+            name=name,
+            advertised_host="127.0.0.1",
+            telemetry=self.telemetry(name),
+        )
         await replica.start()
         self.replicas[name] = replica
         return replica
@@ -107,6 +116,7 @@ async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
             replicas: int = 1,
             state: dict[str, Any] | None = None,
             denoiser: dict[str, Any] | None = None,
+            telemetry: Callable[[str], Telemetry] = lambda name: Telemetry(),
             **engine: float | None,
         ) -> Stack:
             values = {
@@ -116,7 +126,7 @@ async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
                 "router": {"port": 0, "drain_timeout_s": 0.2, "look_every_ms": 50},
                 "denoiser": {"drain_timeout_s": 0.5} | (denoiser or {}),
             }
-            made = Stack(parse_settings(values), redis=redis_server)
+            made = Stack(parse_settings(values), redis=redis_server, telemetry=telemetry)
             stack.push_async_callback(made.close)
             for number in range(replicas):
                 await made.add_replica(f"denoiser-{number}", **engine)

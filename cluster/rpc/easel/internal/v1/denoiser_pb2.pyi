@@ -82,6 +82,7 @@ class JobSpec(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     DRAFTS_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job's id."""
     priority: _builtins.int
@@ -90,6 +91,8 @@ class JobSpec(_message.Message):
     """Whom it is for."""
     drafts: _builtins.bool
     """An adopting router asks the replica for drafts."""
+    traceparent: _builtins.str
+    """W3C traceparent of the call that submitted the job; empty where nobody traces it."""
     @_builtins.property
     def prompt_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The context, template included."""
@@ -112,10 +115,11 @@ class JobSpec(_message.Message):
         priority: _builtins.int = ...,
         tenant: _builtins.str = ...,
         drafts: _builtins.bool = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "job_id", b"job_id", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling", "stop", b"stop", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "job_id", b"job_id", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling", "stop", b"stop", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
