@@ -36,10 +36,6 @@ class Recorded:
         """What a histogram was given."""
         return self.seen[metric.name][labels]
 
-    def names(self) -> set[str]:
-        """Every metric that was told anything."""
-        return {*self.sums, *self.last, *self.seen}
-
 
 def _checked(metric: Metric, kind: Kind, labels: dict[str, str]) -> Series:
     assert metric in METRICS
