@@ -43,7 +43,7 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
     easel = Command(tmp_path_factory.mktemp("home"))
     with collecting() as collector:
-        engine = {"engine": "fake", "slots": 1, "replicas": 2, "fake_step_ms": 15.0, "fake_steps_per_canvas": 40}
+        engine = {"engine": "fake", "slots": 1, "replicas": 2, "fake_step_ms": 15.0, "fake_steps_per_canvas": 100}
         traces = {"enabled": True, "endpoint": collector.address}
         config = easel.home / "settings.yaml"
         config.write_text(yaml.safe_dump({"denoiser": engine, "telemetry": {"traces": traces}}))
