@@ -127,6 +127,7 @@ class Settings(_Frozen):
 
     checkpoint: str
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["text", "json"] = "text"
     state: StateSettings = StateSettings()
     router: RouterSettings = RouterSettings()
     denoiser: DenoiserSettings = DenoiserSettings()

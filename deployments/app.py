@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import logging
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import wait
 from pathlib import Path
@@ -16,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.checkpoint import check_degree, read_checkpoint
 from cluster.config import Settings, parse_settings
+from cluster.telemetry.logs import log_lines
 from cluster.telemetry.telemetry import FLUSH_S, Telemetry, make_telemetry
 from deployments.engine.api import Engine
 from deployments.placement import DENOISER, placement_options
@@ -80,7 +80,7 @@ class DenoiserDeployment:
 
     async def __init__(self, values: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = parse_settings(values)
-        _log_to(settings)
+        log_lines(settings.log_level, settings.log_format, _own_name("denoiser"))
         loop = asyncio.get_running_loop()
         # Loading takes up to minutes for a large model; Serve's own calls must be answered meanwhile.
         self._ranks = rank_actors(settings)
@@ -120,7 +120,7 @@ class RouterDeployment:
         # The handle only tells Serve that both deployments are one application; jobs go over gRPC.
         del denoisers
         settings = parse_settings(values)
-        _log_to(settings)
+        log_lines(settings.log_level, settings.log_format, _own_name("router"))
         self._watch = PlacementWatch(serve.get_replica_context().app_name)
         self._watch.begin()
         name = _own_name("router")
@@ -202,7 +202,3 @@ def _reachable(host: str) -> str:
 def _own_name(role: str) -> str:
     """A name for this process that no later one gets: Serve's id of the replica."""
     return f"{role}-{serve.get_replica_context().replica_id.unique_id}"
-
-
-def _log_to(settings: Settings) -> None:
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=False)

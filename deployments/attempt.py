@@ -15,6 +15,7 @@ from cluster.jobs.states import AttemptEnd
 from cluster.jobs.store import JobStore
 from cluster.rpc import convert
 from cluster.rpc.easel.internal.v1 import denoiser_pb2 as pb
+from cluster.telemetry.logs import current_job
 from cluster.telemetry.telemetry import Telemetry
 from deployments.answer import Answer
 from deployments.attempt_watch import AttemptWatch
@@ -150,6 +151,7 @@ class Attempt:
             self._inbox.put_nowait(_Released(done.result()))
 
     async def _run(self, committed_canvases: int) -> None:
+        current_job.set((self._spec.job_id, self.assignment.epoch))
         try:
             committed = await self._stored(committed_canvases)
             if not await self._replayed(committed):

@@ -34,6 +34,7 @@ from cluster.rpc import convert
 from cluster.rpc.easel.internal.v1 import denoiser_pb2 as pb
 from cluster.rpc.easel.v1 import generation_pb2 as v1
 from cluster.rpc.status import error_from_rpc, said_by_easel
+from cluster.telemetry.logs import current_job
 from cluster.telemetry.telemetry import Telemetry
 from deployments.endings import ending_of, failure_of
 from deployments.feed import Feed
@@ -112,6 +113,7 @@ class Charge:
 
     async def supervise(self, placement: Placement | None) -> None:
         """See the job to its end; `placement` when it is known to run already. Raises nothing but CancelledError."""
+        current_job.set((self._job_id, None))
         try:
             while not self.feed.ended:
                 try:
