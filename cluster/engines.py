@@ -15,7 +15,8 @@ from types import MappingProxyType
 class EngineTraits:
     """One engine: `purpose` in a few words, and what it supports, in the terms of TITLES.
 
-    `dtypes` and `devices` are values of the settings of these names; empty for an engine that computes nothing.
+    `dtypes` and `devices` are values of the settings of these names; empty, and None for `exact_beyond_window`, of an
+    engine that has no model.
     """
 
     name: str
@@ -26,7 +27,7 @@ class EngineTraits:
     canvas_checkpoints: bool
     ranks: bool
     prefix_reuse: bool
-    exact_beyond_window: bool
+    exact_beyond_window: bool | None
     dtypes: tuple[str, ...]
     devices: tuple[str, ...]
 
@@ -51,7 +52,7 @@ FAKE = EngineTraits(
     canvas_checkpoints=True,
     ranks=False,
     prefix_reuse=False,
-    exact_beyond_window=True,
+    exact_beyond_window=None,
     dtypes=(),
     devices=(),
 )
@@ -116,10 +117,10 @@ def _lines() -> Iterator[str]:
         yield f"| {title} | {' | '.join(_cell(getattr(traits, trait)) for traits in ENGINES.values())} |"
 
 
-def _cell(value: bool | tuple[str, ...]) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(value) or "any, not used"
-    return "yes" if value else "no"
+def _cell(value: bool | tuple[str, ...] | None) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value or ()) or "has no model"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from PIL.Image import DecompressionBombError
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -27,12 +28,17 @@ MAX_SIDE_PX = 8192
 # Decoded it takes 3 bytes a pixel.
 MAX_PIXELS = 2**25
 
-_READERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {"PNG": PngImageFile, "JPEG": JpegImageFile, "WEBP": WebPImageFile}
+_READERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
+    "PNG": PngImageFile,
+    "JPEG": JpegImageFile,
+    "WEBP": WebPImageFile,
+}
 MIME_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 # The first bytes of a file, and which of them tell what it is.
 _MAGIC = (("PNG", b"\x89PNG\r\n\x1a\n", 0), ("JPEG", b"\xff\xd8\xff", 0), ("WEBP", b"WEBP", 8))
-# What Pillow raises for a file that is not whole.
-_DAMAGED = (OSError, EOFError, SyntaxError, ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error)
+# What Pillow raises for a file that is not whole, or that says that it has far too many pixels.
+_BROKEN = (OSError, EOFError, SyntaxError, ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error)
+_DAMAGED = (*_BROKEN, DecompressionBombError)
 _JPEG_END = b"\xff\xd9"
 _ALLOWED = f"allowed are {', '.join(MIME_TYPES.values())}"
 
