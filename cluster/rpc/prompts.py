@@ -132,8 +132,8 @@ def _read(field: str, path: Path) -> bytes:
         if size_bytes <= MAX_FILE_BYTES:
             return path.read_bytes()
     except OSError as error:
-        raise InvalidRequest([Violation(field, f"is {shown(str(path))}; {error.strerror or error}")]) from None
-    what = f"is {shown(str(path))} of {size_bytes} bytes; at most {MAX_FILE_BYTES} can be sent"
+        raise InvalidRequest([Violation(field, f"is {str(path)!r}; {error.strerror or error}")]) from None
+    what = f"is {str(path)!r} of {size_bytes} bytes; at most {MAX_FILE_BYTES} can be sent"
     raise InvalidRequest([Violation(field, what)])
 
 

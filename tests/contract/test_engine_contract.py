@@ -366,10 +366,14 @@ def test_images_are_taken_as_the_table_says(maker: Maker) -> None:
     # An image without a place in the prompt is refused by everybody.
     with pytest.raises(ValueError, match="images: the job brings 1"):
         engine.start(replace(good, images=(image,)))
-    if not maker.traits.images:
-        place = () if engine.card.vision is None else (engine.card.vision.image_token_id,)
-        with pytest.raises(ValueError, match="images: the job brings 1; the engine takes none"):
-            engine.start(replace(good, prompt_tokens=good.prompt_tokens + place, images=(image,)))
+    assert engine.stats().active_jobs == 0
+    place = () if engine.card.vision is None else (engine.card.vision.image_token_id,)
+    seeing = replace(good, prompt_tokens=good.prompt_tokens + place, images=(image,))
+    if maker.traits.images:
+        assert alone(maker, seeing) == alone(maker, seeing) != []
+        return
+    with pytest.raises(ValueError, match="images: the job brings 1; the engine takes none"):
+        engine.start(seeing)
     assert engine.stats().active_jobs == 0
 
 

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from cluster.client import EaselClient
 from cluster.core import Image, ModelCard
-from cluster.engines import FAKE
+from cluster.engines import FAKE, with_trait
 from cluster.errors import EngineCannot, InvalidRequest, QueueFull, RequestIdReused
 from cluster.jobs.keys import Keys
 from cluster.rpc.easel.v1 import generation_pb2_grpc as v1_grpc
@@ -23,7 +23,7 @@ from tests.e2e.conftest import CHECKPOINT, Connect, Stack, Start, until
 from tests.unit.images import asked, picture
 
 SEEING = replace(FAKE, images=True)
-IMAGE_TOKEN = 7
+IMAGE, IMAGE_TOKEN = "messages[0].parts[1].image", 7
 # As templates of models with vision render: a token for an image, at its place between the texts.
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|turn>' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -77,7 +77,7 @@ async def test_an_engine_that_takes_no_images_is_named_before_anything_is_stored
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await v1_grpc.GenerationStub(channel).Generate(asked("look", picture()))
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert caught.value.details() == "messages[0].parts[1].image: the engine fake takes no images; these do: vllm"
+    assert caught.value.details() == f"{IMAGE}: the engine fake takes no images; these do: {with_trait('images')}"
     async with EaselClient(stack.addresses["router-0"]) as client:
         assert await jobs_of(client) == []
         with pytest.raises(EngineCannot, match="the engine fake"):

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.cli.failure import exit_code, spoken_field
 from cluster.core import VisionCard
-from cluster.engines import FAKE, TORCH, VLLM, EngineTraits
+from cluster.engines import FAKE, TORCH, EngineTraits, with_trait
 from cluster.errors import EngineCannot
 from cluster.rpc.capabilities import check_engine
 from cluster.rpc.easel.v1 import generation_pb2 as v1
@@ -17,6 +17,7 @@ from cluster.rpc.status import status_of
 from tests.unit.fake_router import CARD
 from tests.unit.images import asked, picture
 
+SEES = replace(FAKE, name="sees", images=True)
 SEEING = replace(CARD, vision=VisionCard(3, 50))
 
 
@@ -29,13 +30,14 @@ def refusal(request: v1.GenerateRequest, engine: EngineTraits) -> str:
 @pytest.mark.parametrize("engine", [FAKE, TORCH])
 def test_an_image_names_the_engine_that_takes_none_and_those_that_do(engine: EngineTraits) -> None:
     said = refusal(asked("look", picture()), engine)
-    assert said == f"messages[0].parts[1].image: the engine {engine.name} takes no images; these do: vllm"
+    others = with_trait("images")
+    assert said == f"messages[0].parts[1].image: the engine {engine.name} takes no images; these do: {others}"
 
 
 def test_an_image_names_the_checkpoint_that_has_no_vision_part() -> None:
-    check_engine(asked(picture()), VLLM, SEEING)
+    check_engine(asked(picture()), SEES, SEEING)
     with pytest.raises(EngineCannot, match="takes images, but the checkpoint characters has no vision part"):
-        check_engine(asked(picture()), VLLM, CARD)
+        check_engine(asked(picture()), SEES, CARD)
 
 
 def test_a_request_without_images_needs_no_vision() -> None:
@@ -46,8 +48,8 @@ def test_drafts_and_seeds_are_refused_where_the_engine_has_none() -> None:
     plain = replace(FAKE, name="plain", drafts=False, seeds=False)
     request = v1.GenerateRequest(text="a", drafts=True, sampling=v1.SamplingParams(seed=0))
     assert refusal(request, plain) == (
-        "drafts: the engine plain makes none; these do: fake, torch, vllm; "
-        "sampling.seed: the engine plain takes no seeds; these do: fake, torch, vllm"
+        f"drafts: the engine plain makes none; these do: {with_trait('drafts')}; "
+        f"sampling.seed: the engine plain takes no seeds; these do: {with_trait('seeds')}"
     )
     check_engine(v1.GenerateRequest(text="a"), plain, SEEING)
 
