@@ -17,6 +17,7 @@ from cluster.engines import FAKE, with_trait
 from cluster.errors import EngineCannot, InvalidRequest, QueueFull, RequestIdReused
 from cluster.jobs.keys import Keys
 from cluster.rpc.easel.v1 import generation_pb2_grpc as v1_grpc
+from cluster.rpc.prompts import Prompt
 from deployments.engine.api import EngineJob
 from deployments.engine.fake import FakeEngine
 from tests.e2e.conftest import CHECKPOINT, Connect, Stack, Start, until
@@ -96,7 +97,7 @@ async def test_images_reach_the_engine_in_order_and_intact(start: Start, connect
     stack = await start(checkpoint=seeing, traits=SEEING, engine_class=SeeingEngine)
     client, jpeg, webp = connect(stack), picture("JPEG"), picture("WEBP")
     (seeing / "photo.jpg").write_bytes(jpeg)
-    prompt = [("user", ["a", seeing / "photo.jpg", "b", webp])]
+    prompt: Prompt = [("user", ["a", seeing / "photo.jpg", "b", webp])]
     answer = await client.generate(prompt, seed=1, max_new_tokens=32)
     (job,) = given_to(stack, "denoiser-0")
     assert job.images == (Image(jpeg, "image/jpeg"), Image(webp, "image/webp"))

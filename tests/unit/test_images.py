@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -51,7 +52,7 @@ def test_parts_without_an_image_are_joined_to_one_text() -> None:
     seen: list[Turn] = []
 
     class Recorder(Characters):
-        def encode_messages(self, messages: list[Turn]) -> list[int]:  # type: ignore[override]
+        def encode_messages(self, messages: Sequence[Turn]) -> list[int]:
             seen.extend(messages)
             return super().encode_messages(messages)
 
