@@ -146,8 +146,9 @@ class ContentPart(_message.Message):
     """A piece of text."""
     @_builtins.property
     def image(self) -> Global___Image:
-        """A picture, seen where it stands between the texts. At most 16 in a request, of 16 MiB in all, for an engine and a
-        checkpoint that take images; others answer FAILED_PRECONDITION, reason ENGINE_CANNOT, and name the engine.
+        """A picture, seen where it stands between the texts. At most 16 in a request, of 16 MiB in all and within the
+        cluster's limit of a request (4 MiB by default), for an engine and a checkpoint that take images; others answer
+        FAILED_PRECONDITION, reason ENGINE_CANNOT, and name the engine.
         """
 
     def __init__(
