@@ -1,9 +1,8 @@
 """tokens/s through Easel over vLLM alone, in the same run: what Easel costs on a GPU.
 
-    python -m benchmarks.gpu_vllm                      one GPU of 80 GB, `pip install easel[vllm]`; about 20 minutes
+    python -m benchmarks.gpu_vllm                      one GPU of 80 GB, `pip install easel[vllm]`; two starts of vLLM
     python -m benchmarks.gpu_vllm --quantization fp8
-    python -m benchmarks.gpu_vllm --engine fake --shape tiny --steps 4 --prompt-tokens 64 --new-tokens 128
-                                                       the half through Easel, on any machine, in seconds
+    python -m benchmarks.gpu_vllm --engine fake --shape tiny     the half through Easel, on any machine, in seconds
 
 The model has the true shape of DiffusionGemma 26B-A4B and weights that vLLM makes up (load_format="dummy"). Every
 canvas takes 16 denoising steps, because generation_config.json asks for a confidence that no canvas reaches. Prompts
@@ -41,6 +40,8 @@ from cluster.redis_server import RedisServer
 NEEDS_GPU = "gpu_vllm needs one CUDA GPU of 80 GB (an H100) and a CUDA build of torch; without: --engine fake"
 NEEDS_VLLM = "gpu_vllm needs vllm: pip install 'easel[vllm]'; without: --engine fake"
 AIM = 0.97
+# What is asked of a shape by default: tokens in, tokens out, denoising steps of every canvas.
+ASKED = {"26b": (1024, 1024, 16), "tiny": (64, 128, 4)}
 # Compiling and capturing graphs takes vLLM minutes the first time.
 START_TIMEOUT_S = 1800.0
 READY_TIMEOUT_S = 60.0
@@ -158,8 +159,9 @@ def settings_for(folder: Path, run: Run, engine: str, tp: int) -> dict[str, Any]
         denoiser |= {"fake_step_ms": 1.0, "fake_steps_per_canvas": run.steps}
     else:
         denoiser |= {"dtype": "bfloat16", "device": "cuda"}
-    if run.quantization is not None:
-        denoiser["vllm"] = {"quantization": run.quantization}
+    chosen = {"quantization": run.quantization, "enforce_eager": run.eager or None}
+    if any(chosen.values()):
+        denoiser["vllm"] = {name: value for name, value in chosen.items() if value is not None}
     return {"checkpoint": str(folder), "log_level": "WARNING", "router": {"port": 0}, "denoiser": denoiser}
 
 
@@ -202,12 +204,15 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="26b")
     parser.add_argument("--concurrent", type=int, nargs="+", default=[1, 4, 8], help="numbers of callers")
     parser.add_argument("--rounds", type=int, default=3, help="requests of every caller")
-    parser.add_argument("--prompt-tokens", type=int, default=1024)
-    parser.add_argument("--new-tokens", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=16, help="denoising steps of every canvas")
+    parser.add_argument("--prompt-tokens", type=int, help="1024 for the shape 26b")
+    parser.add_argument("--new-tokens", type=int, help="1024 for the shape 26b")
+    parser.add_argument("--steps", type=int, help="denoising steps of every canvas, 16 for the shape 26b")
     parser.add_argument("--quantization", help="how vLLM quantises the weights, on both sides: fp8")
+    parser.add_argument("--eager", action="store_true", help="no compiling and no CUDA graphs, on both sides")
     parser.add_argument("--tp", type=int, default=1, help="ranks, on both sides")
     arguments = parser.parse_args(given)
+    for name, asked in zip(("prompt_tokens", "new_tokens", "steps"), ASKED[arguments.shape], strict=True):
+        setattr(arguments, name, asked if getattr(arguments, name) is None else getattr(arguments, name))
     counts = (*arguments.concurrent, arguments.rounds, arguments.prompt_tokens, arguments.new_tokens, arguments.steps)
     if min(counts) < 1 or sorted(set(arguments.concurrent)) != arguments.concurrent:
         parser.error("all numbers must be at least 1, and those of --concurrent must rise")
@@ -225,6 +230,7 @@ def run_of(arguments: argparse.Namespace) -> Run:
         vocab_size=config.vocab_size,
         canvas_tokens=config.canvas_tokens,
         quantization=arguments.quantization,
+        eager=arguments.eager,
     )
 
 

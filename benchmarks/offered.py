@@ -27,6 +27,7 @@ class Run:
     vocab_size: int
     canvas_tokens: int
     quantization: str | None = None
+    eager: bool = False
     seed: int = 0
 
     @property

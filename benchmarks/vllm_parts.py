@@ -73,6 +73,7 @@ def vllm_arguments(settings: Settings, run: Run) -> dict[str, Any]:
         "limit_mm_per_prompt": {"image": 0, "video": 0},
         "dtype": denoiser.dtype,
         "quantization": run.quantization,
+        "enforce_eager": run.eager,
         "max_model_len": denoiser.max_context_tokens,
         "max_num_seqs": denoiser.slots,
         "enable_prefix_caching": False,

@@ -107,8 +107,12 @@ def test_the_settings_of_the_replica_are_valid_and_give_vllm_the_same_room(tmp_p
     assert (settings.denoiser.slots, settings.denoiser.max_context_tokens) == (8, 40 + 64)
     arguments = vllm_parts.vllm_arguments(settings, run)
     assert (arguments["max_num_seqs"], arguments["max_model_len"], arguments["load_format"]) == (8, 104, "dummy")
-    quantised = gpu_vllm.settings_for(tmp_path, small("--quantization", "fp8"), "vllm", 2)["denoiser"]
-    assert (quantised["vllm"], quantised["tp"], quantised["dtype"]) == ({"quantization": "fp8"}, 2, "bfloat16")
+    quantised = gpu_vllm.settings_for(tmp_path, small("--quantization", "fp8", "--eager"), "vllm", 2)["denoiser"]
+    assert (quantised["vllm"], quantised["tp"], quantised["dtype"]) == (
+        {"quantization": "fp8", "enforce_eager": True},
+        2,
+        "bfloat16",
+    )
 
 
 def test_weights_are_made_up_for_whoever_starts_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
