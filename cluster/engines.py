@@ -15,8 +15,8 @@ from types import MappingProxyType
 class EngineTraits:
     """One engine: `purpose` in a few words, and what it supports, in the terms of TITLES.
 
-    `dtypes` and `devices` are values of the settings of these names; empty, and None for `exact_beyond_window`, of an
-    engine that has no model.
+    `dtypes`, `devices` and `quantizations` are values of the settings of these names. An engine that has no model has
+    none of them, and None for `exact_beyond_window`.
     """
 
     name: str
@@ -30,6 +30,7 @@ class EngineTraits:
     exact_beyond_window: bool | None
     dtypes: tuple[str, ...]
     devices: tuple[str, ...]
+    quantizations: tuple[str, ...] = ()
 
     def refuses(self, setting: str, value: object) -> str | None:
         """Why `denoiser.<setting>` cannot be `value` with this engine; None when it can."""
@@ -81,6 +82,7 @@ VLLM = EngineTraits(
     exact_beyond_window=False,
     dtypes=("float32", "bfloat16"),
     devices=("cpu", "cuda"),
+    quantizations=("fp8", "modelopt", "modelopt_fp4", "nvfp4_per_token", "compressed-tensors"),
 )
 ENGINES = MappingProxyType({traits.name: traits for traits in (FAKE, TORCH, VLLM)})
 
@@ -95,6 +97,7 @@ TITLES = MappingProxyType(
         "exact_beyond_window": "as the reference beyond the sliding window",
         "dtypes": "`denoiser.dtype`",
         "devices": "`denoiser.device`",
+        "quantizations": "quantised weights: `denoiser.vllm.quantization`",
     }
 )
 
@@ -120,7 +123,7 @@ def _lines() -> Iterator[str]:
 def _cell(value: bool | tuple[str, ...] | None) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return ", ".join(value or ()) or "has no model"
+    return ", ".join(value or ()) or "-"
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ast
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
 from cluster.config import DenoiserSettings, parse_settings
-from cluster.engines import ENGINES, FAKE, TITLES, TORCH, EngineTraits, table
+from cluster.engines import ENGINES, FAKE, TITLES, TORCH, VLLM, EngineTraits, table
 from cluster.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +26,7 @@ HELD_BY = {
     "exact_beyond_window": "tests/unit/test_torch_model.py::test_logits_are_the_references_at_every_context_length",
     "dtypes": "tests/unit/test_engines.py::test_the_torch_engine_has_the_dtypes_and_devices_of_the_table",
     "devices": "tests/unit/test_engines.py::test_the_torch_engine_has_the_dtypes_and_devices_of_the_table",
+    "quantizations": "tests/unit/test_engines.py::test_the_settings_offer_the_quantisations_of_the_table",
 }
 
 
@@ -69,3 +70,11 @@ def test_the_torch_engine_has_the_dtypes_and_devices_of_the_table() -> None:
 
     assert set(DTYPES) == set(TORCH.dtypes)
     assert set(DEVICES) == {*TORCH.devices, "auto"}
+
+
+def test_the_settings_offer_the_quantisations_of_the_table() -> None:
+    assert FAKE.quantizations == TORCH.quantizations == ()
+    section: Any = DenoiserSettings.model_fields.get("vllm")
+    if section is not None:
+        offered = section.annotation.model_fields["quantization"].annotation
+        assert {word for choices in get_args(offered) for word in get_args(choices)} == set(VLLM.quantizations)
