@@ -73,7 +73,7 @@ TORCH = EngineTraits(
 VLLM = EngineTraits(
     name="vllm",
     purpose="the fast one on GPUs",
-    images=True,
+    images=False,
     drafts=True,
     seeds=True,
     canvas_checkpoints=True,
@@ -103,8 +103,9 @@ TITLES = MappingProxyType(
 
 
 def with_trait(trait: str) -> str:
-    """Names of the engines that have it, for a message."""
-    return ", ".join(name for name, traits in ENGINES.items() if getattr(traits, trait)) or "none"
+    """Which engines have it, for a message."""
+    names = [name for name, traits in ENGINES.items() if getattr(traits, trait)]
+    return f"these do: {', '.join(names)}" if names else "none of this version does"
 
 
 def table() -> str:

@@ -21,10 +21,10 @@ def check_engine(request: generation_pb2.GenerateRequest, engine: EngineTraits, 
 def _refusals(request: generation_pb2.GenerateRequest, engine: EngineTraits, card: ModelCard) -> Iterator[str]:
     image_field = next((field for field, _ in image_parts(request.messages)), None)
     if image_field is not None and not engine.images:
-        yield f"{image_field}: the engine {engine.name} takes no images; these do: {with_trait('images')}"
+        yield f"{image_field}: the engine {engine.name} takes no images; {with_trait('images')}"
     elif image_field is not None and card.vision is None:
         yield f"{image_field}: the engine {engine.name} takes images, but the checkpoint {card.name} has no vision part"
     if request.drafts and not engine.drafts:
-        yield f"drafts: the engine {engine.name} makes none; these do: {with_trait('drafts')}"
+        yield f"drafts: the engine {engine.name} makes none; {with_trait('drafts')}"
     if request.sampling.HasField("seed") and not engine.seeds:
-        yield f"sampling.seed: the engine {engine.name} takes no seeds; these do: {with_trait('seeds')}"
+        yield f"sampling.seed: the engine {engine.name} takes no seeds; {with_trait('seeds')}"

@@ -78,7 +78,7 @@ async def test_an_engine_that_takes_no_images_is_named_before_anything_is_stored
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await v1_grpc.GenerationStub(channel).Generate(asked("look", picture()))
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert caught.value.details() == f"{IMAGE}: the engine fake takes no images; these do: {with_trait('images')}"
+    assert caught.value.details() == f"{IMAGE}: the engine fake takes no images; {with_trait('images')}"
     async with EaselClient(stack.addresses["router-0"]) as client:
         assert await jobs_of(client) == []
         with pytest.raises(EngineCannot, match="the engine fake"):

@@ -31,7 +31,7 @@ def refusal(request: v1.GenerateRequest, engine: EngineTraits) -> str:
 def test_an_image_names_the_engine_that_takes_none_and_those_that_do(engine: EngineTraits) -> None:
     said = refusal(asked("look", picture()), engine)
     others = with_trait("images")
-    assert said == f"messages[0].parts[1].image: the engine {engine.name} takes no images; these do: {others}"
+    assert said == f"messages[0].parts[1].image: the engine {engine.name} takes no images; {others}"
 
 
 def test_an_image_names_the_checkpoint_that_has_no_vision_part() -> None:
@@ -48,8 +48,8 @@ def test_drafts_and_seeds_are_refused_where_the_engine_has_none() -> None:
     plain = replace(FAKE, name="plain", drafts=False, seeds=False)
     request = v1.GenerateRequest(text="a", drafts=True, sampling=v1.SamplingParams(seed=0))
     assert refusal(request, plain) == (
-        f"drafts: the engine plain makes none; these do: {with_trait('drafts')}; "
-        f"sampling.seed: the engine plain takes no seeds; these do: {with_trait('seeds')}"
+        f"drafts: the engine plain makes none; {with_trait('drafts')}; "
+        f"sampling.seed: the engine plain takes no seeds; {with_trait('seeds')}"
     )
     check_engine(v1.GenerateRequest(text="a"), plain, SEEING)
 
