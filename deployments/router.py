@@ -18,6 +18,7 @@ from cluster import __version__
 from cluster.checkpoint import read_checkpoint
 from cluster.config import Settings
 from cluster.core import ModelCard
+from cluster.engines import ENGINES, EngineTraits
 from cluster.errors import EaselError, StartupError
 from cluster.jobs.connection import connect
 from cluster.jobs.doorbell import Doorbell
@@ -57,10 +58,17 @@ SERVICES = (
 class Router:
     """One router process: `start` brings it up, `close` drains it."""
 
-    def __init__(self, settings: Settings, *, name: str, pending: Callable[[], Sequence[str]] = tuple) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        name: str,
+        pending: Callable[[], Sequence[str]] = tuple,
+        engine: EngineTraits | None = None,
+    ) -> None:
         """Read the checkpoint's card and tokenizer; `pending` tells which replicas have no place, a line each.
 
-        Raises CheckpointError.
+        `engine` is what the replicas can do; None for what the engine of the settings can. Raises CheckpointError.
         """
         self._settings = settings
         self._pending = pending
@@ -75,12 +83,12 @@ class Router:
         self._supervisor = Supervisor(
             Surroundings(self._store, self._replicas, self._doorbell, name, state.outage_patience_s)
         )
-        look_s = router.look_every_ms / 1000
-        self._look = Heartbeat(self._supervisor.look, every_s=look_s, name=f"{name}: look at the queue")
+        self._look = Heartbeat(self._supervisor.look, every_s=router.look_every_ms / 1000, name=f"{name}: look")
         self._intake = Intake(
             name=name,
             card=card,
             tokenizer=Tokenizer(folder),
+            engine=engine or ENGINES[settings.denoiser.engine],
             store=self._store,
             doorbell=self._doorbell,
             supervisor=self._supervisor,
