@@ -18,6 +18,7 @@ from cluster import __version__
 from cluster.checkpoint import read_checkpoint
 from cluster.config import Settings
 from cluster.core import ModelCard
+from cluster.engines import ENGINES, EngineTraits
 from cluster.errors import EaselError, StartupError
 from cluster.jobs.connection import connect
 from cluster.jobs.doorbell import Doorbell
@@ -66,18 +67,18 @@ class Router:
         *,
         name: str,
         pending: Callable[[], Sequence[str]] = tuple,
+        engine: EngineTraits | None = None,
         telemetry: Telemetry | None = None,
     ) -> None:
         """Read the checkpoint's card and tokenizer; `pending` tells which replicas have no place, a line each.
 
-        Raises CheckpointError.
+        `engine` is what the replicas can do; None for what the engine of the settings can. Raises CheckpointError.
         """
         self._settings = settings
         self._pending = pending
         self._telemetry = telemetry or Telemetry()
         self._name = name
         folder = Path(settings.checkpoint)
-        card = _served_card(read_checkpoint(folder).card, settings)
         state, router = settings.state, settings.router
         redis = connect(state.url, timeout_s=state.timeout_s)
         self._store = MeasuredJobStore.recording(self._telemetry.recorder, redis, state)
@@ -85,12 +86,12 @@ class Router:
         self._replicas = Replicas()
         shared = (self._store, self._replicas, self._doorbell, name, state.outage_patience_s, self._telemetry)
         self._supervisor = Supervisor(Surroundings(*shared))
-        look_s = router.look_every_ms / 1000
-        self._look = Heartbeat(self._supervisor.look, every_s=look_s, name=f"{name}: look at the queue")
+        self._look = Heartbeat(self._supervisor.look, every_s=router.look_every_ms / 1000, name=f"{name}: look")
         self._intake = Intake(
             name=name,
-            card=card,
+            card=_served_card(settings),
             tokenizer=Tokenizer(folder),
+            engine=engine or ENGINES[settings.denoiser.engine],
             store=self._store,
             doorbell=self._doorbell,
             supervisor=self._supervisor,
@@ -207,7 +208,7 @@ class Router:
             await self._health.set(service, status)
 
 
-def _served_card(card: ModelCard, settings: Settings) -> ModelCard:
+def _served_card(settings: Settings) -> ModelCard:
     """The model as its replicas serve it: a request is checked against the context that they have room for."""
-    limit = settings.denoiser.max_context_tokens
+    card, limit = read_checkpoint(Path(settings.checkpoint)).card, settings.denoiser.max_context_tokens
     return card if limit is None else replace(card, max_context_tokens=min(limit, card.max_context_tokens))

@@ -79,6 +79,11 @@ class MeasuredJobStore(JobStore):
         with self._timed("canvases"):
             return await super().canvases(job_id, from_index)
 
+    async def images(self, job_id: str) -> bytes | None:
+        """See JobStore."""
+        with self._timed("images"):
+            return await super().images(job_id)
+
     async def waiting(self) -> dict[int, int]:
         """See Processes."""
         with self._timed("waiting"):
