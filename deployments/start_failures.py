@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ray import serve
-
 from deployments.placement import DENOISER
 
 
 def messages(app_name: str) -> dict[str, str]:
     """What Serve says of each deployment that is not well; it holds the traceback of a failed constructor."""
+    from ray import serve  # noqa: PLC0415 - its import warns, and the words do without
+
     application = serve.status().applications.get(app_name)
     deployments = {} if application is None else application.deployments
     return {name: found.message for name, found in deployments.items() if found.status != "HEALTHY" and found.message}
