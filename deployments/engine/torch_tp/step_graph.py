@@ -1,6 +1,6 @@
 """Denoising steps that are recorded once per shape and replayed: CUDA graphs, behind a recorder that tests can replace.
 
-A step launches thousands of small kernels; a graph launches them as one. It repeats exactly what was recorded, on the
+A step launches many small kernels; a graph launches them as one. It repeats exactly what was recorded, on the
 same addresses: so a recording has input tensors of its own, and every replay copies that step's inputs into them.
 """
 
@@ -20,9 +20,9 @@ from deployments.engine.torch_tp.plan import AttentionGroup, StepPlan
 from deployments.engine.torch_tp.sampler import StepInputs
 
 log = logging.getLogger(__name__)
-# A recording costs about as much as several steps, so shapes that come by once are not worth one.
+# Recording costs more than a step, so shapes that come by once are not worth it. A guess: not measured on a GPU.
 RECORD_AT_STEP = 3
-# Bounds the recordings' own inputs, of which the masks are the most: tens of MB a recording at the 26B shape.
+# Bounds the recordings' own inputs, of which the masks are the most.
 MAX_RECORDINGS = 16
 MAX_COUNTED_SHAPES = 512
 

@@ -230,7 +230,7 @@ class _Loader:
 
 
 def _return_freed_memory() -> None:
-    """glibc keeps what is freed between pieces that stay. Over all layers, that came to half of a shard of 200 MB."""
+    """glibc keeps what is freed between pieces that stay. See benchmarks/loading.py."""
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
