@@ -78,6 +78,7 @@ class DenoiserSettings(_Frozen):
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     max_context_tokens: Annotated[int, Field(ge=1)] | None = None
     prefix_reuse: bool = True
+    cuda_graphs: bool = True
     prefill_tiles_per_step: Annotated[int, Field(ge=1, le=1024)] = 4
     fake_step_ms: Annotated[float, Field(ge=0, le=60_000)] = 15.0
     fake_steps_per_canvas: Annotated[int, Field(ge=1, le=1000)] = 8

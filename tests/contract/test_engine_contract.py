@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from cluster.checkpoint import read_checkpoint
 from cluster.core import Image, ModelCard, SamplingParams
 from cluster.engines import ENGINES as TABLE
 from cluster.engines import EngineTraits
@@ -67,6 +68,17 @@ def torch_engine(slots: int) -> Engine:
     return load_engine(path, slots=slots, device="cpu")
 
 
+def torch_recorded(slots: int) -> Engine:
+    """Steps are recorded and replayed, as on CUDA."""
+    from deployments.engine.torch_tp.engine import EngineSettings, TorchEngine
+    from tests.recording import CpuRecorder
+
+    path = some_checkpoint()
+    if path is None:
+        pytest.skip("no checkpoint is here")
+    return TorchEngine(read_checkpoint(path), EngineSettings(slots=slots, device="cpu"), recorder=CpuRecorder())
+
+
 def torch_pair(slots: int, crew: Crew) -> Engine:
     path = some_checkpoint()
     if path is None:
@@ -74,7 +86,12 @@ def torch_pair(slots: int, crew: Crew) -> Engine:
     return crew.lead(path, 2, slots=slots)
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"fake": fake, "torch": torch_engine, "torch on two ranks": torch_pair}
+ENGINES: dict[str, Callable[..., Engine]] = {
+    "fake": fake,
+    "torch": torch_engine,
+    "torch, recorded": torch_recorded,
+    "torch on two ranks": torch_pair,
+}
 
 
 @pytest.fixture(params=ENGINES)
