@@ -18,10 +18,12 @@ from cluster import __version__
 from cluster.checkpoint import read_checkpoint
 from cluster.config import Settings
 from cluster.core import ModelCard
+from cluster.engines import ENGINES, EngineTraits
 from cluster.errors import EaselError, StartupError
 from cluster.jobs.connection import connect
 from cluster.jobs.doorbell import Doorbell
-from cluster.jobs.store import JobStore
+from cluster.jobs.measured import MeasuredJobStore
+from cluster.rpc.calls import CallWatch
 from cluster.rpc.easel.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
@@ -32,8 +34,10 @@ from cluster.rpc.easel.v1 import (
 )
 from cluster.rpc.interceptors import EdgeInterceptor
 from cluster.rpc.options import server_options
+from cluster.telemetry.telemetry import Telemetry
 from deployments.charge import Surroundings
 from deployments.cluster_service import ClusterService
+from deployments.gauges import tell_cluster
 from deployments.generation import GenerationService
 from deployments.heartbeat import Heartbeat
 from deployments.intake import Intake
@@ -55,32 +59,39 @@ SERVICES = (
 
 
 class Router:
-    """One router process: `start` brings it up, `close` drains it."""
+    """One router process: `start` brings it up, `close` drains it. Its telemetry stays its maker's to close."""
 
-    def __init__(self, settings: Settings, *, name: str, pending: Callable[[], Sequence[str]] = tuple) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        name: str,
+        pending: Callable[[], Sequence[str]] = tuple,
+        engine: EngineTraits | None = None,
+        telemetry: Telemetry | None = None,
+    ) -> None:
         """Read the checkpoint's card and tokenizer; `pending` tells which replicas have no place, a line each.
 
-        Raises CheckpointError.
+        `engine` is what the replicas can do; None for what the engine of the settings can. Raises CheckpointError.
         """
         self._settings = settings
         self._pending = pending
+        self._telemetry = telemetry or Telemetry()
         self._name = name
         folder = Path(settings.checkpoint)
-        card = _served_card(read_checkpoint(folder).card, settings)
         state, router = settings.state, settings.router
         redis = connect(state.url, timeout_s=state.timeout_s)
-        self._store = JobStore.of(redis, state)
+        self._store = MeasuredJobStore.recording(self._telemetry.recorder, redis, state)
         self._doorbell = Doorbell(redis, namespace=state.namespace)
         self._replicas = Replicas()
-        self._supervisor = Supervisor(
-            Surroundings(self._store, self._replicas, self._doorbell, name, state.outage_patience_s)
-        )
-        look_s = router.look_every_ms / 1000
-        self._look = Heartbeat(self._supervisor.look, every_s=look_s, name=f"{name}: look at the queue")
+        shared = (self._store, self._replicas, self._doorbell, name, state.outage_patience_s, self._telemetry)
+        self._supervisor = Supervisor(Surroundings(*shared))
+        self._look = Heartbeat(self._supervisor.look, every_s=router.look_every_ms / 1000, name=f"{name}: look")
         self._intake = Intake(
             name=name,
-            card=card,
+            card=_served_card(settings),
             tokenizer=Tokenizer(folder),
+            engine=engine or ENGINES[settings.denoiser.engine],
             store=self._store,
             doorbell=self._doorbell,
             supervisor=self._supervisor,
@@ -154,7 +165,10 @@ class Router:
     def _server_with_services(self) -> grpc.aio.Server:
         max_bytes = self._settings.router.max_request_bytes
         server = grpc.aio.server(
-            interceptors=(EdgeInterceptor(max_request_bytes=max_bytes),),
+            interceptors=(
+                CallWatch(self._telemetry),
+                EdgeInterceptor(max_request_bytes=max_bytes),
+            ),
             options=server_options(max_bytes, share_port=True),
         )
         generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server)
@@ -179,6 +193,7 @@ class Router:
         try:
             await self._supervisor.reconcile(await self._store.heartbeat_router(self._name))
             view = await self._store.view()
+            tell_cluster(self._telemetry.recorder, view, await self._store.waiting())
         except EaselError:
             await self._say(serving=False)
             raise
@@ -193,7 +208,7 @@ class Router:
             await self._health.set(service, status)
 
 
-def _served_card(card: ModelCard, settings: Settings) -> ModelCard:
+def _served_card(settings: Settings) -> ModelCard:
     """The model as its replicas serve it: a request is checked against the context that they have room for."""
-    limit = settings.denoiser.max_context_tokens
+    card, limit = read_checkpoint(Path(settings.checkpoint)).card, settings.denoiser.max_context_tokens
     return card if limit is None else replace(card, max_context_tokens=min(limit, card.max_context_tokens))
