@@ -30,6 +30,7 @@ CLOSE_TIMEOUT_S = 10.0
 GRACE_S = 1.0
 # vLLM starts before its worker connects: loading weights takes minutes for a large model.
 START_TIMEOUT_S = 1800.0
+CPU_BLOCK_TOKENS = 32
 NO_MEDIA = {"image": 0, "video": 0}
 
 
@@ -208,6 +209,7 @@ class VllmCore:
             long_prefill_token_threshold=canvas_tokens,
             enable_chunked_prefill=True,
             enable_prefix_caching=settings.prefix_reuse,
+            block_size=self._block_tokens(canvas_tokens),
             gpu_memory_utilization=settings.gpu_memory_utilization,
             enforce_eager=settings.enforce_eager,
             tensor_parallel_size=settings.tp,
@@ -217,6 +219,16 @@ class VllmCore:
             enable_log_requests=False,
         )
         return AsyncLLM.from_engine_args(arguments)
+
+    def _block_tokens(self, canvas_tokens: int) -> int | None:
+        """On CPU vLLM shares prefixes in blocks of 128 tokens, longer than most prompts of small models; its kernels
+        there want multiples of 32. On GPUs its own choice is good."""
+        on_cpu = self._vllm.platforms.current_platform.device_type == "cpu"
+        return canvas_tokens if on_cpu and canvas_tokens % CPU_BLOCK_TOKENS == 0 else None
+
+    def forget_prefixes(self) -> bool:
+        """Empties vLLM's prefix cache; False while something still uses it."""
+        return bool(self._call(self._running().reset_prefix_cache()))
 
     def _check_memory(self) -> None:
         """vLLM would take a canvas from a job for which it finds no memory; so every slot must have all it may need."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ collect_ignore_glob = [] if find_spec("vllm") is not None else ["test_*.py"]
 
 # What the tests ask for at most at once. vLLM takes half a minute to start, so engines share what has started.
 POOL_SLOTS = 8
+LEFT_WITHIN_S = 10.0
 
 
 class Lent:
@@ -46,6 +48,10 @@ class Pool:
         from deployments.engine.vllm_engine import VllmEngine
 
         core = self._idle.pop() if self._idle else self._start()
+        # What other tests computed must not count; their jobs leave vLLM a moment after they were stopped.
+        end_s = time.monotonic() + LEFT_WITHIN_S
+        while not core.forget_prefixes() and time.monotonic() < end_s:
+            time.sleep(0.02)
         return VllmEngine(Lent(core, self._idle), slots=slots)  # type: ignore[arg-type]
 
     def close(self) -> None:

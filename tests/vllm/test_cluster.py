@@ -119,3 +119,11 @@ def test_jobs_outlive_vllms_engine_process(
     # They were finished by another replica than that which began them.
     psutil.wait_procs([before], timeout=REPLACED_S)
     assert engine_process(easel) != core
+
+
+def test_vllms_processes_end_with_their_replica(easel: Command) -> None:
+    core = engine_process(easel)
+    below = [core, *core.children(recursive=True)]
+    denoiser(easel).kill()
+    _, alive = psutil.wait_procs(below, timeout=REPLACED_S)
+    assert not alive
