@@ -102,7 +102,8 @@ class VllmEngine:
             return StepReport()
         self._send(Go())
         event = self._next(StepEvent)
-        self._denoising_steps += 1
+        # A forward may compute nothing but context.
+        self._denoising_steps += bool(event.canvases)
         self._prefill_tokens += event.prefill_tokens
         self._lookup_tokens += event.context_tokens
         self._hit_tokens += event.cached_tokens

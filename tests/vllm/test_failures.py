@@ -30,16 +30,22 @@ def checkpoint() -> Path:
 
 
 @pytest.fixture
-def engine() -> Iterator[VllmEngine]:
+def others() -> set[psutil.Process]:
+    """Processes of engines that other tests share."""
+    return set(psutil.Process().children(recursive=True))
+
+
+@pytest.fixture
+def engine(others: set[psutil.Process]) -> Iterator[VllmEngine]:
     engine = load_engine(checkpoint(), slots=2, enforce_eager=True, step_timeout_s=10.0)
     yield engine
     engine.close()
     engine.close()
 
 
-def children(named: str) -> list[psutil.Process]:
+def children(named: str, others: set[psutil.Process]) -> list[psutil.Process]:
     """vLLM's processes of this test, by the title that vLLM gives them."""
-    return [p for p in psutil.Process().children(recursive=True) if named in title_of(p)]
+    return [p for p in psutil.Process().children(recursive=True) if p not in others and named in title_of(p)]
 
 
 def title_of(process: psutil.Process) -> str:
@@ -59,7 +65,9 @@ def wait_lost(engine: VllmEngine) -> str:
     raise AssertionError("the loss is not noticed")
 
 
-def test_a_killed_engine_process_is_noticed_and_its_jobs_go_on_elsewhere(engine: VllmEngine) -> None:
+def test_a_killed_engine_process_is_noticed_and_its_jobs_go_on_elsewhere(
+    engine: VllmEngine, others: set[psutil.Process]
+) -> None:
     jobs = varied_jobs(engine.card, 2)
     elsewhere = load_torch(checkpoint(), slots=2, device="cpu")
     expected = tokens_of(run_all(elsewhere, jobs)[1])
@@ -67,7 +75,7 @@ def test_a_killed_engine_process_is_noticed_and_its_jobs_go_on_elsewhere(engine:
         engine.start(job)
     drive(engine, steps=2)
     assert engine.lost() is None
-    (core,), workers = children("EngineCore"), children("VLLM::Worker")
+    (core,), workers = children("EngineCore", others), children("VLLM::Worker", others)
     os.kill(core.pid, signal.SIGKILL)
     with pytest.raises(EngineError, match="vllm"):
         drive(engine)
@@ -80,15 +88,15 @@ def test_a_killed_engine_process_is_noticed_and_its_jobs_go_on_elsewhere(engine:
     assert tokens_of(run_all(elsewhere, jobs)[1]) == expected
 
 
-def test_an_idle_engine_whose_process_dies_is_lost(engine: VllmEngine) -> None:
-    (core,) = children("EngineCore")
+def test_an_idle_engine_whose_process_dies_is_lost(engine: VllmEngine, others: set[psutil.Process]) -> None:
+    (core,) = children("EngineCore", others)
     os.kill(core.pid, signal.SIGKILL)
     assert "vllm" in wait_lost(engine)
 
 
-def test_a_forward_that_hangs_ends_the_wait(engine: VllmEngine) -> None:
+def test_a_forward_that_hangs_ends_the_wait(engine: VllmEngine, others: set[psutil.Process]) -> None:
     engine.start(varied_jobs(engine.card, 1)[0])
-    (worker,) = children("VLLM::Worker")
+    (worker,) = children("VLLM::Worker", others)
     worker.suspend()
     try:
         with pytest.raises(EngineError, match="within 10 s"):
