@@ -42,9 +42,9 @@ $(VLLM_STAMP): tests/vllm/requirements-cpu.txt pyproject.toml
 
 venv-vllm: $(VLLM_STAMP)
 
-# Warnings are vLLM's own here, and many.
+# Replicas run elsewhere, so the path is absolute. Warnings are vLLM's own here, and many.
 test-vllm: $(VLLM_STAMP) ## Run the tests of the vllm engine on a real vLLM, on CPU
-	PYTHONPATH=tests/vllm/site $(VLLM_VENV)/bin/python -m pytest -W default tests/vllm
+	PYTHONPATH=$(CURDIR)/tests/vllm/site $(VLLM_VENV)/bin/python -m pytest -W default tests/vllm
 
 lint: $(STAMP) ## Check style
 	$(BIN)/ruff check .
