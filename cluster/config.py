@@ -66,7 +66,7 @@ class RouterSettings(_Frozen):
     max_request_bytes: Annotated[int, Field(ge=1024, le=64 * 2**20)] = 4 * 2**20
     max_connections: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     max_streams_per_connection: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
-    health_port: Port | None = None
+    health_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     look_every_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
     drain_timeout_s: Annotated[float, Field(ge=0, le=600)] = 5.0
     num_cpus: Annotated[float, Field(ge=0, le=256)] = 0.1
@@ -184,8 +184,8 @@ def router_address() -> str | None:
 
 
 def credential_environment() -> dict[str, str]:
-    """What commands show a cluster and trust of it, by field of cluster.trust.Credentials: EASEL_API_KEY and the like."""
-    names = ("api_key", "api_key_file", "ca_file", "cert_file", "key_file", "server_name")
+    """What commands show a cluster and trust of it, as far as EASEL_API_KEY, EASEL_CA_FILE and the like say it."""
+    names = ("api_key", "api_key_file", "tls", "ca_file", "cert_file", "key_file", "server_name")
     found = {name: os.environ.get(f"EASEL_{name.upper()}") for name in names}
     return {name: value for name, value in found.items() if value}
 

@@ -99,7 +99,7 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest_asyncio.fixture
 async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
-    """Start a router and replicas in a namespace of their own; `state`, `router` and `engine` override settings."""
+    """Start a router and replicas in a namespace of their own; the other arguments override settings."""
     async with AsyncExitStack() as stack:
 
         async def make(
@@ -107,13 +107,16 @@ async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
             replicas: int = 1,
             state: dict[str, Any] | None = None,
             denoiser: dict[str, Any] | None = None,
+            router: dict[str, Any] | None = None,
+            security: dict[str, Any] | None = None,
             **engine: float | None,
         ) -> Stack:
             values = {
                 "checkpoint": str(CHECKPOINT),
                 "state": {"url": redis_server.url, "namespace": f"t{next(namespaces)}", "heartbeat_ms": 100}
                 | (state or {}),
-                "router": {"port": 0, "drain_timeout_s": 0.2, "look_every_ms": 50},
+                "router": {"port": 0, "drain_timeout_s": 0.2, "look_every_ms": 50} | (router or {}),
+                "security": security or {},
                 "denoiser": {"drain_timeout_s": 0.5} | (denoiser or {}),
             }
             made = Stack(parse_settings(values), redis=redis_server)
@@ -131,9 +134,9 @@ async def connect() -> AsyncIterator[Connect]:
     """A client of a stack's first router, closed after the test."""
     async with AsyncExitStack() as stack:
 
-        def make(target: Stack, *routers: str) -> EaselClient:
+        def make(target: Stack, *routers: str, **trust: Any) -> EaselClient:  # noqa: ANN401 - what the client takes
             names = routers or ("router-0",)
-            client = EaselClient(",".join(target.addresses[name] for name in names))
+            client = EaselClient(",".join(target.addresses[name] for name in names), **trust)
             stack.push_async_callback(client.close)
             return client
 
