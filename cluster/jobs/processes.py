@@ -69,7 +69,11 @@ class Processes(Caller):
         await self._run(self._call("leave_router", args=(checked_id("router", router),)))
 
     async def set_quotas(self, rows: Mapping[str, str]) -> None:
-        """Replace the limits of all tenants by these (cluster.jobs.quotas); jobs that they let in are placed."""
+        """Replace the limits of all tenants by these (cluster.jobs.quotas); jobs that they let in are placed.
+
+        Jobs that this store submits count from now on, unless there are no limits.
+        """
+        self._has_quotas = bool(rows)
         flat = tuple(word for row in rows.items() for word in row)
         await self._run(self._call("quotas", args=flat))
 

@@ -50,7 +50,14 @@ class JobStore(Processes):
         """
         timeout_ms = "" if job.timeout_ms is None else job.timeout_ms
         who = (job.digest, job.spec, int(job.priority), job.tenant, str(job.seed))
-        args = (*who, job.prompt_tokens, timeout_ms, checked_id("router", job.router), self._limits.queue_limit)
+        args = (
+            *who,
+            job.prompt_tokens,
+            timeout_ms,
+            checked_id("router", job.router),
+            self._limits.queue_limit,
+            int(self._has_quotas),
+        )
         submit = self._on_job("submit", job.job_id, *args)
         created, assigned = await self._run_all((submit, self._assign(job.job_id)), job.job_id, "submit")
         row = cast("list[bytes]", assigned)[1:]

@@ -14,16 +14,17 @@
 --@include preempt.lua
 --@include place.lua
 
-redis.call('DEL', QUOTAS)
-for i = 2, #ARGV, 2 do redis.call('HSET', QUOTAS, ARGV[i], ARGV[i + 1]) end
+local TABLE = BASE .. ':quotas'
+redis.call('DEL', TABLE)
+for i = 2, #ARGV, 2 do redis.call('HSET', TABLE, ARGV[i], ARGV[i + 1]) end
 -- Tenants with no job among these are looked at when one of theirs ends: where any is held, some run or are admitted.
 local seen = {}
 for _, job_id in ipairs(redis.call('ZRANGE', WAITING, 0, 999)) do
   local job = redis.call('HMGET', job_key(job_id), 'counted', 'tenant')
   if job[1] and not seen[job[2]] then
-    balance(job[2])
+    quotas().balance(job[2])
     seen[job[2]] = true
   end
 end
 place(clock_ms())
-return redis.call('HLEN', QUOTAS)
+return redis.call('HLEN', TABLE)

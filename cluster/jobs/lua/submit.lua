@@ -1,7 +1,7 @@
 -- submit: stores a job and puts it into the queue.
 -- KEYS   1-12 the fixed keys of lib/names.lua, 13 the job's record.
 -- ARGV   1 limits (lib/policy.lua), 2 job id, 3 digest, 4 spec, 5 priority, 6 tenant, 7 seed, 8 prompt tokens,
---        9 timeout in ms or '', 10 router, 11 queue limit in jobs.
+--        9 timeout in ms or '', 10 router, 11 queue limit in jobs, 12 '1' where tenants have quotas.
 -- From   nothing. A job with this id and digest is left as it is.
 -- Return 1 when the job was created, 0 when it was there.
 -- Errors REQUEST_ID_REUSED (the id has another digest), QUEUE_FULL, QUOTA_EXCEEDED <which> <limit> <ms to come back in,
@@ -20,14 +20,15 @@ if digest then
   if digest == ARGV[3] then return 0 end
   return redis.error_reply('REQUEST_ID_REUSED none 0')
 end
-if redis.call('ZCARD', QUEUE) + redis.call('ZCARD', HELD) >= tonumber(ARGV[11]) then
+local now_ms, tenant, counted = clock_ms(), ARGV[6], nil
+local quota, waiting = nil, redis.call('ZCARD', QUEUE)
+if ARGV[12] == '1' then quota = quotas().quota_of(tenant) end
+if quota then waiting = waiting + redis.call('ZCARD', held_key()) end
+if waiting >= tonumber(ARGV[11]) then
   return redis.error_reply('QUEUE_FULL none 0')
 end
-
-local now_ms, tenant, counted = clock_ms(), ARGV[6], nil
-local quota = quota_of(tenant)
 if quota then
-  if quota.queued and waiting_of(tenant) >= quota.queued then
+  if quota.queued and quotas().waiting_of(tenant) >= quota.queued then
     return redis.error_reply('QUOTA_EXCEEDED queued_jobs ' .. quota.queued .. ' 0')
   end
   local wait_ms = quota.per_s and take_token(tenant, quota, now_ms)

@@ -23,9 +23,9 @@ local function close_job(job_id, state, fields, now_ms)
   redis.call('DEL', checkpoint_key(job_id))
   if row[1] ~= '' then leave_slot(job_id, row[1], row[3]) end
   if row[5] then
-    redis.call('SREM', running_of_key(row[6]), job_id)
-    step_out(row[6], row[2])
-    balance(row[6])
+    quotas().rests(row[6], job_id)
+    quotas().step_out(row[6], row[2])
+    quotas().balance(row[6])
   end
   local gone_ms = now_ms + RETENTION_S * 1000
   redis.call('PEXPIREAT', key, gone_ms)

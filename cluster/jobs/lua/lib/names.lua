@@ -15,8 +15,8 @@ local function owned_key(router) return BASE .. ':owned:' .. router end
 -- The index that a job is listed in. With credentials a job's id begins with its tenant and a slash, which no request
 -- id can hold (cluster/security/identity.py): each tenant has an index of its own.
 local function index_key(job_id)
-  local tenant = string.match(job_id, '^([^/]*)/')
-  if tenant then return JOBS .. ':' .. tenant end
+  local slash = string.find(job_id, '/', 1, true)
+  if slash then return JOBS .. ':' .. string.sub(job_id, 1, slash - 1) end
   return JOBS
 end
 
