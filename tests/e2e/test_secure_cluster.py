@@ -1,4 +1,4 @@
-"""`easel up` with everything of docs/security.md turned on: TLS outside and inside, keys, quotas. Used by the command."""
+"""`easel up` with all of docs/security.md turned on: TLS outside and inside, keys, quotas. Used by the command."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ async def test_reflection_needs_a_credential(start: Start, keys: Keys) -> None:
     key = keys.add("acme")
     stack = await start(security=keys.security)
     async with grpc.aio.insecure_channel(stack.addresses["router-0"]) as channel:
-        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[arg-type]  # its stubs know no aio
 
         async def services(metadata: tuple[tuple[str, str], ...]) -> list[str]:
             asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])

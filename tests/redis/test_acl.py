@@ -35,9 +35,13 @@ def documented_rules(namespace: str) -> list[str]:
     return found[1].replace(">PASSWORD", "").replace("{easel}", f"{{{namespace}}}").split()
 
 
+def opened(**settings: str) -> StateSettings:
+    return StateSettings.model_validate(settings)
+
+
 async def add_user(server: RedisServer, namespace: str, password: str) -> None:
     async with connect(server.url) as admin:
-        await admin.execute_command("ACL", "SETUSER", "easel", f">{password}", *documented_rules(namespace))
+        await admin.execute_command("ACL", "SETUSER", "easel", f">{password}", *documented_rules(namespace))  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
 
 
 def as_user(server: RedisServer, password: str, database: str = "0") -> str:
@@ -63,7 +67,7 @@ async def test_the_documented_user_can_do_all_that_easel_does_and_nothing_else(o
     await store.view()
     for command in (("GET", "elsewhere"), ("KEYS", "*"), ("FLUSHALL",), ("CONFIG", "GET", "*"), ("ACL", "LIST")):
         with pytest.raises(NoPermissionError):
-            await client.execute_command(*command)
+            await client.execute_command(*command)  # type: ignore[no-untyped-call]
     with pytest.raises(NoPermissionError):
         await client.publish("elsewhere", "hello")
     other = JobStore(connect(as_user(own_server, "secret")), namespace="another")
@@ -103,8 +107,8 @@ async def test_a_password_in_a_file_can_change_while_the_store_works(own_server:
     await store.submit(new_job())
     await add_user(own_server, "easel", "new")
     async with connect(own_server.url) as admin:
-        await admin.execute_command("ACL", "SETUSER", "easel", "<old")
-        await admin.execute_command("CLIENT", "KILL", "USER", "easel")
+        await admin.execute_command("ACL", "SETUSER", "easel", "<old")  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+        await admin.execute_command("CLIENT", "KILL", "USER", "easel")  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
     password.write_text("new\n")
     await store.heartbeat_replica(hello())
     assert (await store.get("job")).replica == "replica-1"
@@ -148,7 +152,7 @@ async def test_redis_over_mutual_tls_takes_fresh_certificates_for_fresh_connecti
     context.verify_mode = ssl.CERT_REQUIRED
     own = clients.issue("easel").write(tmp_path, "client")
     async with tls_proxy(own_server, context) as port:
-        state = StateSettings(url=f"rediss://localhost:{port}/0", ca_file=ours.write(tmp_path / "ca.pem"), **own)
+        state = opened(url=f"rediss://localhost:{port}/0", ca_file=ours.write(tmp_path / "ca.pem"), **own)
         store = JobStore(connect_to(state))
         await store.submit(new_job())
         assert (await store.get("job")).tenant == "tenant"
@@ -161,7 +165,7 @@ async def test_redis_over_mutual_tls_takes_fresh_certificates_for_fresh_connecti
         assert (await store.get("job")).tenant == "tenant"
         await store.close()
         for trusted in ({"ca_file": clients.write(tmp_path / "other.pem")}, {}):
-            stranger = JobStore(connect_to(StateSettings(url=state.url, **trusted, **own)))
+            stranger = JobStore(connect_to(opened(url=state.url, **trusted, **own)))
             with pytest.raises(Unavailable):
                 await stranger.ping()
             await stranger.close()
