@@ -148,6 +148,8 @@ class EaselClient:
     ) -> Answer:
         """The whole answer to a prompt: a text, messages as (role, content) or dicts, or `tokens`.
 
+        Content is a text, or a list of texts, images as bytes, and paths of images: [Path("cat.png"), "What is it?"].
+
         When its router is lost the call is repeated, and joins its job at another one. Cancelling the awaiting task
         stops the job. Raises an EaselError.
         """
@@ -267,10 +269,11 @@ class EaselClient:
 
     async def _unary(self, method: Method[Sent, Received], request: Sent) -> Received:
         tries, timeout_s = self._routers.tries(), self._rpc_timeout_s
-        metadata = self._routers.metadata
-        return await self._routers.call(
-            lambda channel: method(channel)(request, timeout=timeout_s, metadata=metadata), tries
-        )
+
+        def call(channel: grpc.aio.Channel) -> grpc.aio.UnaryUnaryCall[Sent, Received]:
+            return method(channel)(request, timeout=timeout_s, metadata=self._routers.metadata)
+
+        return await self._routers.call(call, tries)
 
 
 def _jobs(channel: grpc.aio.Channel) -> jobs_pb2_grpc.JobsAsyncStub:

@@ -12,6 +12,7 @@ import grpc
 from cluster.errors import ConfigError, DeadlineExceeded, EaselError, JobReleased, Unavailable
 from cluster.rpc.options import channel_options
 from cluster.rpc.status import error_from_rpc
+from cluster.telemetry.caller import trace_metadata
 from cluster.trust import Metadata, Trust
 
 # A stream that stood for this long had come up again: what broke it is another outage, not the one before.
@@ -68,7 +69,7 @@ class Routers:
     @property
     def metadata(self) -> Metadata:
         """What every call brings along."""
-        return self._trust.metadata()
+        return (*self._trust.metadata(), *trace_metadata())
 
     def leave(self, number: int) -> None:
         """Ask the next router from now on, unless another task has left this one already."""

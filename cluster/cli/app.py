@@ -14,6 +14,7 @@ from cluster.cli.generate import generate
 from cluster.cli.jobs import cancel, get, jobs, submit, watch
 from cluster.cli.keys import keys
 from cluster.cli.local import down, up
+from cluster.cli.metrics import metrics
 from cluster.cli.status import status
 
 HELP = """Serve block-diffusion language models, and use them.
@@ -46,5 +47,5 @@ def easel(**trust: object) -> None:
     del trust  # cluster.cli.connection.open_client takes them from the context
 
 
-for _command in (up, down, status, drain, generate, submit, get, watch, cancel, jobs, keys, demo, chaos):
+for _command in (up, down, status, metrics, drain, generate, submit, get, watch, cancel, jobs, keys, demo, chaos):
     easel.add_command(_command)

@@ -152,8 +152,8 @@ async def test_probes_have_a_plaintext_port_with_nothing_but_health(
     assert await is_serving(stack.addresses["router-0"], grpc.ssl_channel_credentials(ours.pem))
     assert await is_serving(f"127.0.0.1:{port}")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call: Any = channel.unary_unary("/easel.v1.Cluster/GetStatus")
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            call: Any = channel.unary_unary("/easel.v1.Cluster/GetStatus")
             await call(b"", timeout=5)
     assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
     await stack.routers.pop("router-0").close()

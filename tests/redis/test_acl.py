@@ -7,6 +7,7 @@ import contextlib
 import re
 import ssl
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -65,6 +66,10 @@ async def test_the_documented_user_can_do_all_that_easel_does_and_nothing_else(o
     await store.list(page_size=5)
     await store.look("router-1")
     await store.view()
+    await store.waiting()
+    await store.submit(replace(new_job("pictured"), images=b"image"))
+    await store.images("pictured")
+    await store.cancel("pictured")
     for command in (("GET", "elsewhere"), ("KEYS", "*"), ("FLUSHALL",), ("CONFIG", "GET", "*"), ("ACL", "LIST")):
         with pytest.raises(NoPermissionError):
             await client.execute_command(*command)  # type: ignore[no-untyped-call]

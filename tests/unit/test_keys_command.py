@@ -63,7 +63,7 @@ def test_a_client_refuses_what_no_call_could_use(tmp_path: Path) -> None:
         ({"tls": ClientTls(cert_file=own["cert_file"])}, "one is set without the other"),
     ):
         with pytest.raises(ConfigError, match=what):
-            EaselClient("localhost:1", **trust)  # type: ignore[arg-type]  # one of several kinds
+            EaselClient("localhost:1", **trust)
     assert "secret" not in repr(Trust(api_key="secret"))
 
 
