@@ -80,7 +80,6 @@ class Router:
         self._pending = pending
         self._telemetry = telemetry or Telemetry()
         self._name = name
-        folder = Path(settings.checkpoint)
         state, router = settings.state, settings.router
         redis = connect_to(state)
         self._store = MeasuredJobStore.recording(self._telemetry.recorder, redis, state)
@@ -89,21 +88,24 @@ class Router:
         shared = (self._store, self._replicas, self._doorbell, name, state.outage_patience_s, self._telemetry)
         self._supervisor = Supervisor(Surroundings(*shared))
         self._look = Heartbeat(self._supervisor.look, every_s=router.look_every_ms / 1000, name=f"{name}: look")
-        self._intake = Intake(
-            name=name,
-            card=_served_card(settings),
-            tokenizer=Tokenizer(folder),
-            engine=engine or ENGINES[settings.denoiser.engine],
-            store=self._store,
-            doorbell=self._doorbell,
-            supervisor=self._supervisor,
-        )
+        self._intake = self._make_intake(engine or ENGINES[settings.denoiser.engine])
         self._generation = GenerationService(self._intake, self._supervisor)
         self._health = health_aio.HealthServicer()
         self._heartbeat = Heartbeat(self._beat, every_s=state.heartbeat_ms / 1000, name=f"{name}: lease")
         self._server: grpc.aio.Server | None = None
         self._probes: grpc.aio.Server | None = None
         self._closing: asyncio.Task[None] | None = None
+
+    def _make_intake(self, engine: EngineTraits) -> Intake:
+        return Intake(
+            name=self._name,
+            card=_served_card(self._settings),
+            tokenizer=Tokenizer(Path(self._settings.checkpoint)),
+            engine=engine,
+            store=self._store,
+            doorbell=self._doorbell,
+            supervisor=self._supervisor,
+        )
 
     async def start(self) -> int:
         """Register in Redis and serve; returns the port. Raises StartupError, ConfigError or Unavailable."""
