@@ -192,3 +192,15 @@ async def test_settings_that_cannot_open_redis_are_refused_by_name(tmp_path: Pat
         with pytest.raises(ConfigError, match=what) as refused:
             connect_to(StateSettings.model_validate(settings))
         assert "secret" not in str(refused.value)
+
+
+async def test_behind_sentinels_password_and_authorities_are_those_of_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("secret")
+    ca_file = Authority().write(tmp_path / "ca.pem")
+    password_file = str(tmp_path / "password")
+    url = "rediss+sentinel://one:1,two:2/service/0"
+    client = connect_to(opened(url=url, username="easel", password_file=password_file, ca_file=ca_file))
+    made = client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    assert made.credential_provider.get_credentials() == ("easel", "secret")
+    assert made.ssl_context.ca_certs == ca_file
+    await client.aclose()
