@@ -18,6 +18,7 @@ from cluster.rpc.easel.internal.v1 import denoiser_pb2 as pb
 from deployments.answer import Answer
 from deployments.endings import failure_of
 from deployments.engine.api import CanvasCheckpoint, Commit, EngineJob, Progress
+from deployments.load import Tally
 from deployments.outbox import MAX_DRAFTS_BEHIND, Outbox
 from deployments.step_loop import StepLoop
 from deployments.watch import stored_canvases
@@ -40,6 +41,7 @@ class Workshop:
     card: ModelCard
     decode: Callable[[Sequence[int]], str]
     patience_s: float
+    tally: Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +224,8 @@ class Attempt:
             await self._end(_Failed(EngineError(short)))
         message = convert.canvas_to_proto(canvas)
         usage = await self._write(canvas, message.SerializeToString(), piece.finish)
+        if usage is not None:
+            self._shop.tally.ended(usage.canvases)
         event = pb.RunEvent(committed=message)
         if piece.finish is not None:
             event.finished.CopyFrom(_finished(piece.finish, usage))

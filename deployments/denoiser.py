@@ -29,6 +29,7 @@ from cluster.rpc.easel.internal.v1 import denoiser_pb2 as pb
 from cluster.rpc.easel.internal.v1 import denoiser_pb2_grpc as pb_grpc
 from deployments.attempt import Attempt, Release, Workshop, attempt_key
 from deployments.engine.api import Engine, StepReport
+from deployments.load import Tally
 from deployments.membership import Membership
 from deployments.step_loop import Checkpoints, StepLoop
 from deployments.watchdog import StepWatchdog
@@ -75,7 +76,8 @@ class Denoiser(pb_grpc.DenoiserServicer):
             on_failure=lambda failure: self._from_thread(self._lose, AttemptEnd.ENGINE, failure),
             checkpoint_every_steps=settings.denoiser.checkpoint_every_steps,
         )
-        self._shop = Workshop(self._steps, store, engine.card, decode, settings.state.outage_patience_s)
+        self.tally = Tally()
+        self._shop = Workshop(self._steps, store, engine.card, decode, settings.state.outage_patience_s, self.tally)
         self._watchdog = StepWatchdog(
             lambda: self._steps.busy_s, timeout_s=settings.denoiser.step_timeout_s, on_hung=self._hung
         )

@@ -21,6 +21,7 @@ from cluster.core import ModelCard
 from cluster.errors import EaselError, StartupError
 from cluster.jobs.connection import connect
 from cluster.jobs.doorbell import Doorbell
+from cluster.jobs.records import ClusterView
 from cluster.jobs.store import JobStore
 from cluster.rpc.easel.v1 import (
     cluster_pb2,
@@ -57,13 +58,21 @@ SERVICES = (
 class Router:
     """One router process: `start` brings it up, `close` drains it."""
 
-    def __init__(self, settings: Settings, *, name: str, pending: Callable[[], Sequence[str]] = tuple) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        name: str,
+        pending: Callable[[], Sequence[str]] = tuple,
+        on_view: Callable[[ClusterView], None] | None = None,
+    ) -> None:
         """Read the checkpoint's card and tokenizer; `pending` tells which replicas have no place, a line each.
 
-        Raises CheckpointError.
+        `on_view` is shown the cluster at every heartbeat. Raises CheckpointError.
         """
         self._settings = settings
         self._pending = pending
+        self._on_view = on_view
         self._name = name
         folder = Path(settings.checkpoint)
         card = _served_card(read_checkpoint(folder).card, settings)
@@ -165,6 +174,7 @@ class Router:
             queue_limit=self._settings.state.queue_limit,
             version=__version__,
             pending=self._pending,
+            denoisers=self._settings.denoiser,
         )
         cluster_pb2_grpc.add_ClusterServicer_to_server(status, server)
         add_HealthServicer_to_server(self._health, server)
@@ -184,7 +194,11 @@ class Router:
             raise
         live = [row for row in view.replicas if row.lease_ms > 0]
         self._replicas.keep_only(frozenset(row.address for row in live))
-        await self._say(serving=any(not row.draining for row in live))
+        if self._on_view is not None:
+            self._on_view(view)
+        # With no replica at all a job is taken too, where it wakes the first one.
+        wakes = self._settings.denoiser.least_replicas == 0
+        await self._say(serving=wakes or any(not row.draining for row in live))
 
     async def _say(self, *, serving: bool) -> None:
         known = health_pb2.HealthCheckResponse

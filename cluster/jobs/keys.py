@@ -82,6 +82,10 @@ class Keys:
         return f"{self.base}:jobs"
 
     @property
+    def queue(self) -> str:
+        return f"{self.base}:queue"
+
+    @property
     def replicas(self) -> str:
         return f"{self.base}:replicas"
 

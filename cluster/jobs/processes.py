@@ -6,6 +6,7 @@ import json
 from typing import cast
 
 from cluster.jobs.caller import Caller
+from cluster.jobs.connection import redis_errors
 from cluster.jobs.keys import checked_id
 from cluster.jobs.records import ClusterView, ReplicaHello, ReplicaOrders, parse_orders, parse_replica, short
 from cluster.jobs.scripts import Call, Reply
@@ -66,6 +67,11 @@ class Processes(Caller):
     async def leave_router(self, router: str) -> None:
         """Give a router's lease back; the others adopt what it had charge of."""
         await self._run(self._call("leave_router", args=(checked_id("router", router),)))
+
+    async def queued(self) -> int:
+        """How many jobs wait: one cheap call, for what every replica asks again and again."""
+        with redis_errors(self._limits.retry_after_ms):
+            return await self._redis.zcard(self._keys.queue)
 
     async def view(self) -> ClusterView:
         """Replicas, routers and the queue at one moment."""
