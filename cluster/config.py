@@ -52,7 +52,7 @@ class ReplicaRange(_Frozen):
 
     min_replicas: Annotated[int, Field(ge=0, le=10_000)] = 1
     max_replicas: Annotated[int, Field(ge=1, le=10_000)]
-    scale_down_after_s: Annotated[float, Field(ge=0, le=86_400)] = 180.0
+    scale_down_after_s: Annotated[float, Field(ge=0, le=86_400)] = 120.0
 
     @field_validator("max_replicas")
     @classmethod

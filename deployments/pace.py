@@ -21,7 +21,7 @@ class _Mark:
 
 
 class Pace:
-    """Takes marks and tells means. Canvases/s come from denoising steps, of which there are many, by the mean of a canvas."""
+    """Takes marks and tells means. Denoising steps, of which there are many, tell canvases/s by their mean."""
 
     def __init__(self) -> None:
         self._marks: deque[_Mark] = deque()

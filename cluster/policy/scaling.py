@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 from cluster.policy.holding import Held, hold
 from cluster.policy.staffing import Demand, replicas_for
 
-# The load that comes is averaged over LONG_S, because a short time shows noise. But more in QUICK_S, or less in
-# STEADY_S, than noise explains is a change, and counts at once: a burst must be seen long before LONG_S.
+# The load that comes is averaged over LONG_S, because a short time shows noise. But what differs in a short time by
+# more than noise explains is a change, and counts at once: a burst must be seen long before LONG_S. To take a lull for
+# the end of a burst is the dearer mistake, so that less must show for longer, or more clearly.
 LONG_S, STEADY_S, QUICK_S = 300.0, 40.0, 10.0
-NOISE_SIGMAS = 3.0
+CHANGE_SIGMAS, CLEAR_SIGMAS = 3.0, 6.0
 SPEED_S = 60.0
 
 
@@ -37,7 +38,8 @@ class Snapshot:
 
     `queued_jobs` and `active_jobs` are of now. `active_canvases` and `canvases_per_s` are of all ready replicas
     together, means over the same last while; 0 when nothing was measured. `canvases_per_job` is what a job is
-    expected to ask for. `start_s` is what a replica is thought to take to come up. Raises ValueError without slots or canvases per job.
+    expected to ask for, `start_s` what a replica is thought to take to come up. Raises ValueError without slots or
+    canvases per job.
     """
 
     now_s: float
@@ -114,10 +116,10 @@ def needed(rules: ScalingRules, seen: Snapshot, state: ScalingState) -> int:
 
 
 def _against_the_queue(rules: ScalingRules, seen: Snapshot, state: ScalingState) -> int:
-    """Replicas that work off what is left of the queue when one asked for now is up; 0 when that is within the target.
+    """Replicas that work off the queue in time: those there are as long as it needs them, more if they will not do.
 
-    Left is what waits and comes, less what those that are there and those that start will have made by then. It is what
-    a job that comes at that moment waits for.
+    They will do when what is left as one asked for now is up, and what a job that comes then would wait for, is within
+    the target: what waits and comes until then, less what those that are there and those that start will have made.
     """
     speed, up_in_s = state.replica_canvases_per_s, _start_s(seen, state)
     asked_s = seen.now_s if state.asked_s is None else state.asked_s
@@ -125,12 +127,19 @@ def _against_the_queue(rules: ScalingRules, seen: Snapshot, state: ScalingState)
     worked_s = seen.ready * up_in_s + seen.starting * (up_in_s - others_up_in_s)
     queued = seen.queued_jobs * seen.canvases_per_job
     left = queued + state.coming_per_s * up_in_s - speed * worked_s
+    kept = min(seen.current, _within_target(queued, rules, seen, state))
     if left <= rules.target_wait_s * speed * max(1, seen.current):
-        return 0
-    wanted = math.ceil((state.coming_per_s + left / rules.target_wait_s) / speed)
+        return kept
+    return max(kept, _within_target(left, rules, seen, state))
+
+
+def _within_target(canvases: float, rules: ScalingRules, seen: Snapshot, state: ScalingState) -> int:
+    """Replicas that make so many canvases within the target beside those that come."""
+    speed = state.replica_canvases_per_s
+    wanted = (state.coming_per_s + canvases / rules.target_wait_s) / speed
     # More than a slot for every job that is here serves nobody, unless they keep coming.
-    slots_for_all = math.ceil((seen.queued_jobs + seen.active_jobs) / seen.slots)
-    return min(wanted, max(slots_for_all, math.ceil(state.coming_per_s / speed)))
+    slots_for_all = (seen.queued_jobs + seen.active_jobs) / seen.slots
+    return math.ceil(min(rules.max_replicas, wanted, max(slots_for_all, state.coming_per_s / speed)))
 
 
 def _measured(seen: Snapshot, state: ScalingState) -> ScalingState:
@@ -156,13 +165,14 @@ def _averaged(new: ScalingState, state: ScalingState, seen: Snapshot, passed_s: 
     quick = _towards(coming, state.quick_per_s, passed_s, QUICK_S)
     steady = _towards(coming, state.steady_per_s, passed_s, STEADY_S)
     believed = max(0.0, _towards(coming, state.coming_per_s, passed_s, LONG_S))
-    # Jobs that come by chance, of so many canvases on average: the spread of a mean over t seconds.
-    noise = NOISE_SIGMAS * math.sqrt(state.coming_per_s * seen.canvases_per_job)
-    if quick - state.coming_per_s > noise / math.sqrt(QUICK_S):
-        believed = max(believed, quick)
-        steady = max(steady, quick)
-    elif state.coming_per_s - steady > noise / math.sqrt(STEADY_S):
-        believed = max(0.0, min(believed, steady))
+    before, per_job = state.coming_per_s, seen.canvases_per_job
+    if _sigmas(quick, before, per_job, QUICK_S) > CHANGE_SIGMAS:
+        believed, steady = max(believed, quick), max(steady, quick)
+    else:
+        if _sigmas(steady, before, per_job, STEADY_S) < -CHANGE_SIGMAS:
+            believed = min(believed, max(0.0, steady))
+        if _sigmas(quick, before, per_job, QUICK_S) < -CLEAR_SIGMAS:
+            believed, steady = min(believed, max(0.0, quick)), min(steady, quick)
     return replace(new, coming_per_s=believed, quick_per_s=quick, steady_per_s=steady)
 
 
@@ -170,14 +180,26 @@ def _full_speed(seen: Snapshot, state: ScalingState, share: float) -> float:
     """Canvases/s of a replica with all slots taken, from what the ready ones make with a part of them.
 
     A wider batch makes more in all and less for each, so that with a part b of the slots taken a full replica makes
-    between 1 and 1/b times as much. The estimate is the geometric mean of the two, and exact at b = 1.
+    between 1 and 1/b times as much. What was known stays as long as it lies between; the first guess is the geometric
+    mean of the two.
     """
-    taken = seen.active_canvases / (seen.slots * seen.ready) if seen.ready else 0.0
-    known = state.replica_canvases_per_s
-    if taken <= 0 or seen.canvases_per_s <= 0:
+    taken = min(1.0, seen.active_canvases / (seen.slots * seen.ready)) if seen.ready else 0.0
+    known, made = state.replica_canvases_per_s, seen.canvases_per_s / max(1, seen.ready)
+    if taken <= 0 or made <= 0:
         return known
-    full = seen.canvases_per_s / seen.ready / math.sqrt(min(1.0, taken))
-    return full if known <= 0 else known + share * (full - known)
+    if known <= 0:
+        return made / math.sqrt(taken)
+    return known + share * (min(max(known, made), made / taken) - known)
+
+
+def _sigmas(short_per_s: float, long_per_s: float, canvases_per_job: float, over_s: float) -> float:
+    """How far a mean over a short time lies above one over a long time, in standard deviations of the short one.
+
+    Jobs come by chance (Poisson), and their canvases vary as much as their mean; the root of a count of n jobs has a
+    standard deviation of 1/2, whatever n (Bartlett 1936), also where n is small.
+    """
+    jobs = over_s / canvases_per_job
+    return 2 * (math.sqrt(max(0.0, short_per_s) * jobs) - math.sqrt(long_per_s * jobs))
 
 
 def _share(passed_s: float, over_s: float) -> float:
