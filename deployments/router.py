@@ -70,10 +70,8 @@ class Router:
 
         `on_view` is shown the cluster at every heartbeat. Raises CheckpointError.
         """
-        self._settings = settings
-        self._pending = pending
-        self._on_view = on_view
-        self._name = name
+        self._settings, self._name = settings, name
+        self._pending, self._on_view = pending, on_view
         folder = Path(settings.checkpoint)
         card = _served_card(read_checkpoint(folder).card, settings)
         state, router = settings.state, settings.router

@@ -28,7 +28,9 @@ def test_a_day_is_the_same_for_the_same_seed_and_has_the_load_asked_for() -> Non
     assert np.mean(first.canvases) == pytest.approx(CANVASES_PER_JOB, rel=0.1)
 
 
-@pytest.mark.parametrize("policy", [OnCanvases(2.0), OnOngoingRequests(4.0, 30.0, 60.0)], ids=["canvases", "serve"])
+@pytest.mark.parametrize(
+    "policy", [OnCanvases(2.0, 60.0), OnOngoingRequests(4.0, 30.0, 60.0)], ids=["canvases", "serve"]
+)
 def test_every_job_ends_once_and_none_before_its_work_is_done(policy: Policy) -> None:
     traffic = day(5, hours=0.5, jobs_per_s=4.0)
     done = Simulation(traffic, policy, start_s=START_S, replicas=2).run()
