@@ -140,6 +140,8 @@ class EaselClient:
     ) -> Answer:
         """The whole answer to a prompt: a text, messages as (role, content) or dicts, or `tokens`.
 
+        Content is a text, or a list of texts, images as bytes, and paths of images: [Path("cat.png"), "What is it?"].
+
         When its router is lost the call is repeated, and joins its job at another one. Cancelling the awaiting task
         stops the job. Raises an EaselError.
         """

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from cluster.engines import ENGINES
 from cluster.errors import ConfigError
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -34,6 +35,8 @@ class StateSettings(_Frozen):
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     max_preemptions: Annotated[int, Field(ge=0, le=100)] = 3
     aging_ms: Annotated[int, Field(ge=100, le=86_400_000)] = 60_000
+    # At least what one request may bring: router.max_request_bytes goes up to this.
+    image_limit_bytes: Annotated[int, Field(ge=64 * 2**20, le=2**40)] = 256 * 2**20
     outage_patience_s: Annotated[float, Field(gt=0, le=600)] = 30.0
 
     @field_validator("heartbeat_ms")
@@ -119,6 +122,7 @@ class DenoiserSettings(_Frozen):
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     max_context_tokens: Annotated[int, Field(ge=1)] | None = None
     prefix_reuse: bool = True
+    cuda_graphs: bool = True
     prefill_tiles_per_step: Annotated[int, Field(ge=1, le=1024)] = 4
     fake_step_ms: Annotated[float, Field(ge=0, le=60_000)] = 15.0
     fake_steps_per_canvas: Annotated[int, Field(ge=1, le=1000)] = 8
@@ -140,12 +144,14 @@ class DenoiserSettings(_Frozen):
         """As many as there may be at once."""
         return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
-    @field_validator("tp")
+    @field_validator("tp", "dtype", "device", "checkpoint_every_steps")
     @classmethod
-    def _only_torch_has_ranks(cls, degree: int, info: ValidationInfo) -> int:
-        if degree > 1 and info.data.get("engine") == "fake":
-            raise ValueError("the fake engine runs one rank; only tp 1 is allowed with it")
-        return degree
+    def _as_the_engine_can(cls, value: int | str, info: ValidationInfo) -> int | str:
+        engine = ENGINES.get(info.data.get("engine", ""))
+        refusal = engine.refuses(info.field_name or "", value) if engine else None
+        if refusal:
+            raise ValueError(refusal)
+        return value
 
     @field_validator("num_gpus")
     @classmethod

@@ -56,6 +56,7 @@ def make_engine(settings: Settings, ranks: RankActors | None) -> Engine:
         "threads": denoiser.threads,
         "max_context_tokens": denoiser.max_context_tokens,
         "prefix_reuse": denoiser.prefix_reuse,
+        "cuda_graphs": denoiser.cuda_graphs,
         "prefill_tiles_per_step": denoiser.prefill_tiles_per_step,
     }
     if ranks is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NoReturn, TypeVar
 
-from cluster.core import Canvas, Draft, FinishReason, JobSpec, ModelCard, Usage
+from cluster.core import Canvas, Draft, FinishReason, Image, JobSpec, ModelCard, Usage
 from cluster.errors import EaselError, EngineError, JobReleased, StaleEpoch, TransitionError, Unavailable
 from cluster.jobs.records import AssignedJob
 from cluster.jobs.states import AttemptEnd
@@ -172,8 +172,9 @@ class Attempt:
 
     async def _denoise(self, committed: list[Canvas]) -> None:
         checkpoint = await self._resumable(len(committed))
+        images = await self._images()
         if self._release is None:
-            self._start(committed, checkpoint)
+            self._start(committed, checkpoint, images)
         while True:
             # Bounded by the watchdog: an engine that is well reports, and of one that hangs we hear `stop`.
             item = await self._inbox.get()
@@ -192,7 +193,16 @@ class Attempt:
         kept = await self._persist(lambda: self._shop.store.checkpoint(self._spec.job_id))
         return from_stored(kept) if kept is not None and kept.canvas_index == canvas_index else None
 
-    def _start(self, committed: list[Canvas], checkpoint: CanvasCheckpoint | None) -> None:
+    async def _images(self) -> tuple[Image, ...]:
+        """What the prompt's image tokens stand for. Redis forgets it when the job ends."""
+        if not self._spec.image_count:
+            return ()
+        kept = await self._persist(lambda: self._shop.store.images(self._spec.job_id))
+        if kept is None:
+            raise TransitionError(f"job {self._spec.job_id} has no images in Redis any more: it has ended")
+        return convert.images_from_bytes(kept)
+
+    def _start(self, committed: list[Canvas], checkpoint: CanvasCheckpoint | None, images: tuple[Image, ...]) -> None:
         job = EngineJob(
             job_id=self.key,
             prompt_tokens=self._spec.prompt_tokens,
@@ -200,6 +210,7 @@ class Attempt:
             committed=tuple(canvas.raw_tokens for canvas in committed),
             checkpoint=checkpoint,
             wants_drafts=self._wants_drafts,
+            images=images,
         )
         asyncio.wrap_future(self._shop.steps.start(job)).add_done_callback(self._started)
 

@@ -10,11 +10,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from cluster.core import JobSpec, ModelCard
+from cluster.engines import EngineTraits
 from cluster.errors import EaselError
 from cluster.jobs.doorbell import Doorbell
 from cluster.jobs.records import NewJob
 from cluster.jobs.store import JobStore
 from cluster.rpc import convert
+from cluster.rpc.capabilities import check_engine
 from cluster.rpc.easel.v1 import generation_pb2 as v1
 from cluster.rpc.requests import ParsedRequest, parse_generate
 from deployments.charge import Submission
@@ -48,11 +50,13 @@ class Intake:
         name: str,
         card: ModelCard,
         tokenizer: Tokenizer,
+        engine: EngineTraits,
         store: JobStore,
         doorbell: Doorbell,
         supervisor: Supervisor,
     ) -> None:
         self._name = name
+        self._engine = engine
         self._tokenizer = tokenizer
         self._store = store
         self._doorbell = doorbell
@@ -72,7 +76,7 @@ class Intake:
 
         `deadline_s` is what is left of the gRPC deadline. A caller that leaves meanwhile does not stop this half-way,
         for Redis may hold the job already: it is finished, and `abandoned` gets the ticket. Raises InvalidRequest,
-        QueueFull, RequestIdReused or Unavailable; nothing is stored then.
+        EngineCannot, QueueFull, RequestIdReused or Unavailable; nothing is stored then.
         """
         admitting = asyncio.create_task(self._admit(request, deadline_s, drafts))
         self._admitting.add(admitting)
@@ -130,6 +134,7 @@ class Intake:
         return await asyncio.to_thread(self._parse, request, deadline_s)
 
     def _parse(self, request: v1.GenerateRequest, deadline_s: float | None) -> ParsedRequest:
+        check_engine(request, self._engine, self.card)
         return parse_generate(
             request,
             self.card,
@@ -150,6 +155,7 @@ class Intake:
             prompt_tokens=len(parsed.spec.prompt_tokens),
             timeout_ms=parsed.timeout_ms,
             router=self._name,
+            images=convert.images_to_bytes(parsed.images),
         )
 
 

@@ -18,6 +18,7 @@ from cluster import __version__
 from cluster.checkpoint import read_checkpoint
 from cluster.config import Settings
 from cluster.core import ModelCard
+from cluster.engines import ENGINES, EngineTraits
 from cluster.errors import EaselError, StartupError
 from cluster.jobs.connection import connect
 from cluster.jobs.doorbell import Doorbell
@@ -64,11 +65,13 @@ class Router:
         *,
         name: str,
         pending: Callable[[], Sequence[str]] = tuple,
+        engine: EngineTraits | None = None,
         on_view: Callable[[ClusterView], None] | None = None,
     ) -> None:
         """Read the checkpoint's card and tokenizer; `pending` tells which replicas have no place, a line each.
 
-        `on_view` is shown the cluster at every heartbeat. Raises CheckpointError.
+        `engine` is what the replicas can do; None for what the engine of the settings can. `on_view` is shown the
+        cluster at every heartbeat. Raises CheckpointError.
         """
         self._settings, self._name = settings, name
         self._pending, self._on_view = pending, on_view
@@ -82,12 +85,12 @@ class Router:
         self._supervisor = Supervisor(
             Surroundings(self._store, self._replicas, self._doorbell, name, state.outage_patience_s)
         )
-        look_s = router.look_every_ms / 1000
-        self._look = Heartbeat(self._supervisor.look, every_s=look_s, name=f"{name}: look at the queue")
+        self._look = Heartbeat(self._supervisor.look, every_s=router.look_every_ms / 1000, name=f"{name}: look")
         self._intake = Intake(
             name=name,
             card=card,
             tokenizer=Tokenizer(folder),
+            engine=engine or ENGINES[settings.denoiser.engine],
             store=self._store,
             doorbell=self._doorbell,
             supervisor=self._supervisor,

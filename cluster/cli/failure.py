@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
@@ -10,6 +11,7 @@ from cluster.errors import (
     ConfigError,
     DeadlineExceeded,
     EaselError,
+    EngineCannot,
     EngineError,
     InvalidRequest,
     JobCancelled,
@@ -29,6 +31,7 @@ _EXIT_CODES: tuple[tuple[type[EaselError], int], ...] = (
     (InvalidRequest, EXIT_INVALID),
     (ConfigError, EXIT_INVALID),
     (RequestIdReused, EXIT_INVALID),
+    (EngineCannot, EXIT_INVALID),
     (Unavailable, EXIT_UNAVAILABLE),
     (QueueFull, EXIT_UNAVAILABLE),
     (DeadlineExceeded, EXIT_JOB),
@@ -38,6 +41,8 @@ _EXIT_CODES: tuple[tuple[type[EaselError], int], ...] = (
 )
 # Fields of a request that the command fills from something with another name.
 _SPOKEN = {"text": "prompt", "timeout": "--timeout-s", "job_id": "job id", "replica": "replica", "request": "request"}
+# The command sends images as the first parts of its only message, and a prompt beside them as the last.
+_IMAGE = re.compile(r"messages\[0\]\.parts\[(\d+)\]\.image")
 
 
 class ReportingGroup(click.Group):
@@ -71,7 +76,10 @@ def error_lines(error: EaselError) -> list[str]:
 
 
 def spoken_field(field: str) -> str:
-    """`--t-min` for sampling.t_min, `prompt` for text."""
+    """`--t-min` for sampling.t_min, `prompt` for text, `--image[0]` for the first image."""
+    image = _IMAGE.match(field.removeprefix("request."))
+    if image:
+        return f"--image[{image[1]}]"
     name, bracket, index = field.removeprefix("request.").removeprefix("sampling.").partition("[")
     spoken = _SPOKEN.get(name, f"--{name.replace('_', '-')}")
     return spoken + bracket + index

@@ -36,6 +36,9 @@ def refusal(error: ResponseError, job_id: str, tried: str, *, retry_after_ms: in
             known = ReplicaNotFound(f"no replica {tried}: see `easel status` for those that are there")
         case "QUEUE_FULL":
             known = _queue_full(retry_after_ms)
+        case "IMAGES_FULL":
+            full = "the images of jobs that have not ended take all of state.image_limit_bytes"
+            known = QueueFull(f"{full}; come back in {retry_after_ms} ms", retry_after_ms=retry_after_ms)
         case _:
             known = None
     return known

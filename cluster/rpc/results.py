@@ -125,8 +125,8 @@ class JobView:
 class ClusterView:
     """The cluster at one moment. `version` is that of the router that answered.
 
-    `pending` tells, in lines for people, what replicas without a place wait for. `max_replicas` is 0 where the
-    number of replicas is fixed; else load brings it between `min_replicas` and that.
+    `pending` tells, in lines for people, what replicas without a place wait for, and why others do not start.
+    `max_replicas` is 0 where the number of replicas is fixed; else load brings it between `min_replicas` and that.
     """
 
     replicas: tuple[ReplicaRow, ...]

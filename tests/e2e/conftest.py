@@ -16,6 +16,7 @@ import pytest_asyncio
 from cluster.checkpoint import read_checkpoint
 from cluster.client import EaselClient
 from cluster.config import Settings, overlay, parse_settings
+from cluster.engines import EngineTraits
 from cluster.redis_server import RedisServer
 from deployments.engine.fake import FakeEngine
 from deployments.replica import Replica
@@ -36,19 +37,22 @@ class Stack:
     routers: dict[str, Router] = field(default_factory=dict)
     addresses: dict[str, str] = field(default_factory=dict)
     redis: RedisServer | None = None
+    traits: EngineTraits | None = None
+    engine: Callable[..., FakeEngine] = FakeEngine
 
     async def add_router(self, name: str, *, port: int = 0) -> str:
         settings = parse_settings(overlay(self.settings.model_dump(mode="json"), {"router": {"port": port}}))
-        router = self.routers[name] = Router(settings, name=name)
+        router = self.routers[name] = Router(settings, name=name, engine=self.traits)
         self.addresses[name] = f"127.0.0.1:{await router.start()}"
         return self.addresses[name]
 
     async def add_replica(self, name: str, **engine: float | None) -> Replica:
-        card = read_checkpoint(CHECKPOINT).card
+        checkpoint = Path(self.settings.checkpoint)
+        card = read_checkpoint(checkpoint).card
         values: dict[str, Any] = {"slots": 2, "steps_per_canvas": 4, "step_time_ms": 5.0} | engine
-        made = FakeEngine(card, **values)
+        made = self.engine(card, **values)
         self.engines[name] = made
-        replica = Replica(self.settings, made, Tokenizer(CHECKPOINT).decode, name=name, advertised_host="127.0.0.1")
+        replica = Replica(self.settings, made, Tokenizer(checkpoint).decode, name=name, advertised_host="127.0.0.1")
         await replica.start()
         self.replicas[name] = replica
         return replica
@@ -99,7 +103,10 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest_asyncio.fixture
 async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
-    """Start a router and replicas in a namespace of their own; `state`, `router` and `engine` override settings."""
+    """Start a router and replicas in a namespace of their own; `state`, `denoiser` and `engine` override settings.
+
+    `engine_class` stands in for the fake engine, and `traits` for what the settings' engine can do.
+    """
     async with AsyncExitStack() as stack:
 
         async def make(
@@ -107,16 +114,19 @@ async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
             replicas: int = 1,
             state: dict[str, Any] | None = None,
             denoiser: dict[str, Any] | None = None,
+            checkpoint: Path = CHECKPOINT,
+            traits: EngineTraits | None = None,
+            engine_class: Callable[..., FakeEngine] = FakeEngine,
             **engine: float | None,
         ) -> Stack:
             values = {
-                "checkpoint": str(CHECKPOINT),
+                "checkpoint": str(checkpoint),
                 "state": {"url": redis_server.url, "namespace": f"t{next(namespaces)}", "heartbeat_ms": 100}
                 | (state or {}),
                 "router": {"port": 0, "drain_timeout_s": 0.2, "look_every_ms": 50},
                 "denoiser": {"drain_timeout_s": 0.5} | (denoiser or {}),
             }
-            made = Stack(parse_settings(values), redis=redis_server)
+            made = Stack(parse_settings(values), redis=redis_server, traits=traits, engine=engine_class)
             stack.push_async_callback(made.close)
             for number in range(replicas):
                 await made.add_replica(f"denoiser-{number}", **engine)

@@ -99,5 +99,5 @@ async def test_a_burst_brings_replicas_from_none_and_its_end_takes_them_away_and
         assert [job.usage.denoising_steps for job in jobs] == [20 * canvases for canvases in asked]
         assert {attempt.reason for job in jobs for attempt in job.history} == {"DRAINED"}
 
-        for left in (1, 0):
-            await until(lambda left=left: there_are(client, left), timeout_s=60.0)
+        await until(lambda: there_are(client, 1), timeout_s=60.0)
+        await until(lambda: there_are(client, 0), timeout_s=60.0)

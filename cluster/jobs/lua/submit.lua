@@ -1,10 +1,10 @@
 -- submit: stores a job and puts it into the queue.
--- KEYS   1-12 the fixed keys of lib/names.lua, 13 the job's record.
+-- KEYS   1-12 the fixed keys of lib/names.lua, 13 the job's record, 14 its images.
 -- ARGV   1 limits (lib/policy.lua), 2 job id, 3 digest, 4 spec, 5 priority, 6 tenant, 7 seed, 8 prompt tokens,
---        9 timeout in ms or '', 10 router, 11 queue limit in jobs.
+--        9 timeout in ms or '', 10 router, 11 queue limit in jobs, 12 images or '', 13 limit of all images in bytes.
 -- From   nothing. A job with this id and digest is left as it is.
 -- Return 1 when the job was created, 0 when it was there.
--- Errors REQUEST_ID_REUSED (the id has another digest), QUEUE_FULL.
+-- Errors REQUEST_ID_REUSED (the id has another digest), QUEUE_FULL, IMAGES_FULL.
 --@include names.lua
 --@include policy.lua
 --@include clock.lua
@@ -19,6 +19,12 @@ if digest then
 end
 if redis.call('ZCARD', QUEUE) >= tonumber(ARGV[11]) then
   return redis.error_reply('QUEUE_FULL none 0')
+end
+if ARGV[12] ~= '' then
+  local bytes = tonumber(redis.call('GET', image_bytes_key()) or 0) + #ARGV[12]
+  if bytes > tonumber(ARGV[13]) then return redis.error_reply('IMAGES_FULL none 0') end
+  redis.call('SET', KEYS[14], ARGV[12])
+  redis.call('SET', image_bytes_key(), bytes)
 end
 
 local now_ms = clock_ms()

@@ -7,6 +7,8 @@ local VICTIMS, MARKED, APART, PULSE = KEYS[9], KEYS[10], KEYS[11], KEYS[12]
 local function job_key(job_id) return BASE .. ':job:' .. job_id end
 local function canvases_key(job_id) return BASE .. ':canvases:' .. job_id end
 local function checkpoint_key(job_id) return BASE .. ':checkpoint:' .. job_id end
+local function images_key(job_id) return BASE .. ':images:' .. job_id end
+local function image_bytes_key() return BASE .. ':image_bytes' end
 local function replica_key(replica) return BASE .. ':replica:' .. replica end
 local function running_key(replica) return BASE .. ':running:' .. replica end
 local function fresh_key(replica) return BASE .. ':fresh:' .. replica end

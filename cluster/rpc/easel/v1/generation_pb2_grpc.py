@@ -34,7 +34,8 @@ class GenerationStub:
     read on after `accepted` with Jobs.Watch, from the last canvas_index seen plus 1: either way the answer is the same.
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
-    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel".
+    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT.
     """
 
     def __init__(self, channel):
@@ -64,7 +65,8 @@ class GenerationServicer:
     read on after `accepted` with Jobs.Watch, from the last canvas_index seen plus 1: either way the answer is the same.
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
-    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel".
+    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT.
     """
 
     def Generate(self, request, context):
@@ -111,7 +113,8 @@ class Generation:
     read on after `accepted` with Jobs.Watch, from the last canvas_index seen plus 1: either way the answer is the same.
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
-    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel".
+    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT.
     """
 
     @staticmethod

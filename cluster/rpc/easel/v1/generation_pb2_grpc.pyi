@@ -35,7 +35,8 @@ class GenerationStub:
     read on after `accepted` with Jobs.Watch, from the last canvas_index seen plus 1: either way the answer is the same.
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
-    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel".
+    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT.
     """
 
     @_typing.overload
@@ -57,7 +58,8 @@ class GenerationAsyncStub(GenerationStub):
     read on after `accepted` with Jobs.Watch, from the last canvas_index seen plus 1: either way the answer is the same.
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
-    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel".
+    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -75,7 +77,8 @@ class GenerationServicer(metaclass=_abc_1.ABCMeta):
     read on after `accepted` with Jobs.Watch, from the last canvas_index seen plus 1: either way the answer is the same.
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
-    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel".
+    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT.
     """
 
     @_abc_1.abstractmethod
