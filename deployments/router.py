@@ -82,9 +82,8 @@ class Router:
         self._store = JobStore.of(redis, state)
         self._doorbell = Doorbell(redis, namespace=state.namespace)
         self._replicas = Replicas()
-        self._supervisor = Supervisor(
-            Surroundings(self._store, self._replicas, self._doorbell, name, state.outage_patience_s)
-        )
+        around = Surroundings(self._store, self._replicas, self._doorbell, name, state.outage_patience_s)
+        self._supervisor = Supervisor(around)
         self._look = Heartbeat(self._supervisor.look, every_s=router.look_every_ms / 1000, name=f"{name}: look")
         self._intake = Intake(
             name=name,

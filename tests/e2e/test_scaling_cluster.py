@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from tests.e2e.conftest import CHECKPOINT, until
 from tests.e2e.test_cluster import UP_TIMEOUT_S, Command
 
 PROMPT = (2, 3)
-SHORT_CANVASES, LONG_CANVASES = 6, 30
+SHORT_CANVASES, LONG_CANVASES = 6, 10
 # A canvas takes half a second, however many are denoised beside it; a replica has room for eight.
 SETTINGS: Mapping[str, Any] = {
     "denoiser": {
@@ -68,6 +69,17 @@ async def there_are(client: EaselClient, number: int) -> bool:
     return await replicas(client) == number
 
 
+async def jobs_until_one_goes(client: EaselClient) -> list[str]:
+    """Three jobs at a time, which are spread over three replicas, until one of these goes from under its job."""
+    job_ids: list[str] = []
+    async with asyncio.timeout(60.0):
+        while len((status := await client.status()).replicas) == 3:
+            if status.active + status.queued < 3:
+                job_ids.append(await submit(client, len(job_ids), LONG_CANVASES))
+            await asyncio.sleep(0.02)
+    return job_ids
+
+
 async def ended(client: EaselClient, job_ids: list[str]) -> list[JobView]:
     async def all_ended() -> bool:
         return all([(await client.get(job_id)).state not in {"queued", "running"} for job_id in job_ids])
@@ -87,9 +99,7 @@ async def test_a_burst_brings_replicas_from_none_and_its_end_takes_them_away_and
         burst = [await submit(client, seed, SHORT_CANVASES) for seed in range(48)]
 
         await until(lambda: there_are(client, 3), timeout_s=60.0)
-        # These are spread over all three, and still run when the rest is over and replicas go.
-        long = [await submit(client, seed, LONG_CANVASES) for seed in range(6)]
-
+        long = await jobs_until_one_goes(client)
         jobs = await ended(client, burst + long)
         assert {(job.state, job.losses) for job in jobs} == {("succeeded", 0)}
         asked = [SHORT_CANVASES] * len(burst) + [LONG_CANVASES] * len(long)

