@@ -35,7 +35,7 @@ DOWN_AFTER_S = (120.0, 60.0)
 ONGOING = (2.5, 3.0, 3.5, 4.0, 4.5)
 # Ray's own delays for more and for fewer replicas, and others.
 RAYS_DELAYS_S = (30.0, 600.0)
-DELAYS_S = ((0.0, 120.0), (0.0, 300.0), (30.0, 120.0), (30.0, 300.0))
+DELAYS_S = ((0.0, 60.0), (0.0, 120.0), (0.0, 300.0), (30.0, 60.0), (30.0, 120.0), (30.0, 300.0))
 
 
 class OnCanvases:

@@ -69,8 +69,9 @@ class ReplicaRange(_Frozen):
 class DenoiserAutoscaling(ReplicaRange):
     """How many denoiser replicas there are, by the canvases that wait and run; docs/autoscaling.md.
 
-    Under a steady load 95% of jobs are to wait less than `target_wait_s` for a slot. With `min_replicas` 0 the last replica goes after
-    `idle_to_zero_after_s` without a job. `start_s` is what a new replica is thought to take until one was measured.
+    Under a steady load 95% of jobs are to wait less than `target_wait_s` for a slot. With `min_replicas` 0 the last
+    replica goes after `idle_to_zero_after_s` without a job. `start_s` is what a new replica is thought to take until
+    one was measured.
     """
 
     target_wait_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
