@@ -48,6 +48,7 @@ from cluster.rpc.results import (
     job_from_proto,
 )
 from cluster.rpc.sampling import shown
+from cluster.telemetry.caller import trace_metadata
 
 __all__ = [
     "Accepted",
@@ -150,7 +151,7 @@ class EaselClient:
 
         def call(channel: grpc.aio.Channel) -> GenerateCall:
             stub: generation_pb2_grpc.GenerationAsyncStub = generation_pb2_grpc.GenerationStub(channel)
-            return stub.Generate(request, timeout=tries.left_s)
+            return stub.Generate(request, timeout=tries.left_s, metadata=trace_metadata())
 
         try:
             return answer_from_proto(await self._routers.call(call, tries))
@@ -261,7 +262,11 @@ class EaselClient:
 
     async def _unary(self, method: Method[Sent, Received], request: Sent) -> Received:
         tries, timeout_s = self._routers.tries(), self._rpc_timeout_s
-        return await self._routers.call(lambda channel: method(channel)(request, timeout=timeout_s), tries)
+
+        def call(channel: grpc.aio.Channel) -> grpc.aio.UnaryUnaryCall[Sent, Received]:
+            return method(channel)(request, timeout=timeout_s, metadata=trace_metadata())
+
+        return await self._routers.call(call, tries)
 
 
 def _jobs(channel: grpc.aio.Channel) -> jobs_pb2_grpc.JobsAsyncStub:

@@ -163,14 +163,36 @@ class DenoiserSettings(_Frozen):
         return gpus
 
 
+class TraceSettings(_Frozen):
+    """OpenTelemetry traces, to a collector that speaks OTLP over gRPC; they need the extra `otel`.
+
+    `sample_ratio` is the share of traces that are recorded, among calls whose caller has not decided that.
+    """
+
+    enabled: bool = False
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^/\s]+$")] = "http://localhost:4317"
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    steps: bool = False
+    queue_spans: Annotated[int, Field(ge=16, le=65_536)] = 2048
+    export_timeout_s: Annotated[float, Field(gt=0, le=60)] = 5.0
+
+
+class TelemetrySettings(_Frozen):
+    """What a cluster tells about itself. Metrics go through Ray and need no setting."""
+
+    traces: TraceSettings = TraceSettings()
+
+
 class Settings(_Frozen):
     """All of it. `checkpoint` is the folder of the model that every replica serves."""
 
     checkpoint: str
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["text", "json"] = "text"
     state: StateSettings = StateSettings()
     router: RouterSettings = RouterSettings()
     denoiser: DenoiserSettings = DenoiserSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
 
 def parse_settings(values: Mapping[str, Any]) -> Settings:

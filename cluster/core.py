@@ -103,6 +103,7 @@ class JobSpec:
 
     `wants_drafts` tells whichever router has charge of the job to ask its replica for drafts. `image_count` is how many
     images came with it; Redis keeps them beside the spec, and a replica fetches them when it runs the job.
+    `traceparent` is the span under which it was submitted, "" where nobody traces it.
     """
 
     job_id: str
@@ -113,6 +114,7 @@ class JobSpec:
     tenant: str = ""
     wants_drafts: bool = False
     image_count: int = 0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,8 @@ class UpOptions:
 class LocalCluster:
     """A running local cluster. `pid` is its warden's, which began at `born_s` (so a reused pid is not taken for it).
 
-    `address` is the routers', `ray_address` where `ray.init(address=...)` attaches; both are host:port. Ray guards a
+    `address` is the routers', `ray_address` where `ray.init(address=...)` attaches, `metrics_address` where Ray's agent
+    answers GET /metrics; all are host:port. Ray guards a
     cluster of this kind with a token in the user's home, which an attaching process reads with RAY_AUTH_MODE=token.
     """
 
@@ -83,6 +84,7 @@ class LocalCluster:
     log_dir: str
     ray_dir: str
     ray_address: str
+    metrics_address: str = ""
 
 
 def up(options: UpOptions, report: Report) -> LocalCluster:

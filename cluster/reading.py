@@ -12,6 +12,7 @@ from cluster.errors import EaselError, JobNotFound, Unavailable
 from cluster.routers import Routers, Tries
 from cluster.rpc.easel.v1 import generation_pb2, generation_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 from cluster.rpc.results import Accepted, Committed, Draft, Event, Finished, event_from_proto
+from cluster.telemetry.caller import trace_metadata
 
 CANCEL_S = 2.0
 
@@ -80,9 +81,9 @@ class Reading:
         if self._request is None or self._is_stored:
             request = jobs_pb2.WatchJobRequest(job_id=self._job_id, from_canvas=self._next_canvas, drafts=self._drafts)
             jobs: jobs_pb2_grpc.JobsAsyncStub = jobs_pb2_grpc.JobsStub(channel)
-            return jobs.Watch(request, timeout=tries.left_s)
+            return jobs.Watch(request, timeout=tries.left_s, metadata=trace_metadata())
         stub: generation_pb2_grpc.GenerationAsyncStub = generation_pb2_grpc.GenerationStub(channel)
-        return stub.StreamGenerate(self._request, timeout=tries.left_s)
+        return stub.StreamGenerate(self._request, timeout=tries.left_s, metadata=trace_metadata())
 
     def _taken(self, event: Event | None, tries: Tries) -> Event | None:
         """The event if it is new to the reader, else None."""

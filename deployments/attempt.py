@@ -15,7 +15,10 @@ from cluster.jobs.states import AttemptEnd
 from cluster.jobs.store import JobStore
 from cluster.rpc import convert
 from cluster.rpc.easel.internal.v1 import denoiser_pb2 as pb
+from cluster.telemetry.logs import current_job
+from cluster.telemetry.telemetry import Telemetry
 from deployments.answer import Answer
+from deployments.attempt_watch import AttemptWatch
 from deployments.endings import failure_of
 from deployments.engine.api import CanvasCheckpoint, Commit, EngineJob, Progress
 from deployments.load import Tally
@@ -41,6 +44,7 @@ class Workshop:
     card: ModelCard
     decode: Callable[[Sequence[int]], str]
     patience_s: float
+    telemetry: Telemetry
     tally: Tally
 
 
@@ -80,7 +84,8 @@ class Attempt:
     Invariant: an event leaves through the outbox only after Redis holds its canvas under this epoch.
     """
 
-    def __init__(self, shop: Workshop, spec: JobSpec, request: pb.RunRequest) -> None:
+    def __init__(self, shop: Workshop, spec: JobSpec, request: pb.RunRequest, traceparent: str = "") -> None:
+        """`traceparent` names the router's span of this run."""
         self.assignment = AssignedJob(spec.job_id, request.epoch)
         self.key = attempt_key(self.assignment)
         self.outbox = Outbox()
@@ -96,10 +101,13 @@ class Attempt:
         self._autosave = Autosave(shop.store, spec.job_id, request.epoch)
         self._inbox: asyncio.Queue[Progress | Commit | _Released | _Failed | EaselError] = asyncio.Queue()
         self._release: Release | None = None
+        self._watch = AttemptWatch(shop.telemetry, spec, request.epoch, traceparent)
         self.task = asyncio.create_task(self._run(request.committed_canvases), name=f"run {self.key}")
+        self.task.add_done_callback(self._watch.over)
 
     def progressed(self, progress: Progress) -> None:
         """The engine made a denoising step."""
+        self._watch.stepped(progress)
         if self._wants_drafts and self._inbox.qsize() < MAX_DRAFTS_BEHIND:
             self._inbox.put_nowait(progress)
 
@@ -145,6 +153,7 @@ class Attempt:
             self._inbox.put_nowait(_Released(done.result()))
 
     async def _run(self, committed_canvases: int) -> None:
+        current_job.set((self._spec.job_id, self.assignment.epoch))
         try:
             committed = await self._stored(committed_canvases)
             if not await self._replayed(committed):
@@ -190,6 +199,7 @@ class Attempt:
         """The canvas in progress that an earlier run left, if it is still the one in progress."""
         if self.assignment.epoch == 1:
             return None
+        self._watch.continues(await self._persist(lambda: self._shop.store.get(self._spec.job_id)))
         kept = await self._persist(lambda: self._shop.store.checkpoint(self._spec.job_id))
         return from_stored(kept) if kept is not None and kept.canvas_index == canvas_index else None
 
@@ -237,6 +247,7 @@ class Attempt:
         usage = await self._write(canvas, message.SerializeToString(), piece.finish)
         if usage is not None:
             self._shop.tally.ended(usage.canvases)
+        self._watch.committed(canvas)
         event = pb.RunEvent(committed=message)
         if piece.finish is not None:
             event.finished.CopyFrom(_finished(piece.finish, usage))

@@ -19,6 +19,7 @@ from cluster.rpc import convert
 from cluster.rpc.capabilities import check_engine
 from cluster.rpc.easel.v1 import generation_pb2 as v1
 from cluster.rpc.requests import ParsedRequest, parse_generate
+from cluster.telemetry.tracing import call_traceparent
 from deployments.charge import Submission
 from deployments.feed import Feed
 from deployments.supervisor import Supervisor, leaving_error
@@ -89,7 +90,8 @@ class Intake:
 
     async def _admit(self, request: v1.GenerateRequest, deadline_s: float | None, drafts: bool) -> Ticket:
         parsed = await self._parsed(request, deadline_s)
-        wanted = replace(parsed.spec, wants_drafts=drafts and parsed.spec.wants_drafts)
+        wants_drafts = drafts and parsed.spec.wants_drafts
+        wanted = replace(parsed.spec, wants_drafts=wants_drafts, traceparent=call_traceparent.get())
         parsed = replace(parsed, spec=wanted)
         created, placement = await self._store.submit(self._new_job(parsed))
         if not created:

@@ -136,10 +136,16 @@ def _start(
         log_dir=str(orders.home / "logs"),
         ray_dir=ray_dir,
         ray_address=ray.get_runtime_context().gcs_address,
+        metrics_address=_metrics_address(),
     )
     record(cluster)
     owned.callback(lambda: record_path().unlink(missing_ok=True))
     return cluster, redis
+
+
+def _metrics_address() -> str:
+    (node,) = ray.nodes()
+    return f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
 
 
 def _start_redis(orders: Orders, reports: Reports, owned: contextlib.ExitStack) -> tuple[Settings, RedisServer | None]:

@@ -22,8 +22,9 @@ from cluster.engines import ENGINES, EngineTraits
 from cluster.errors import EaselError, StartupError
 from cluster.jobs.connection import connect
 from cluster.jobs.doorbell import Doorbell
+from cluster.jobs.measured import MeasuredJobStore
 from cluster.jobs.records import ClusterView
-from cluster.jobs.store import JobStore
+from cluster.rpc.calls import CallWatch
 from cluster.rpc.easel.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
@@ -34,8 +35,10 @@ from cluster.rpc.easel.v1 import (
 )
 from cluster.rpc.interceptors import EdgeInterceptor
 from cluster.rpc.options import server_options
+from cluster.telemetry.telemetry import Telemetry
 from deployments.charge import Surroundings
 from deployments.cluster_service import ClusterService
+from deployments.gauges import tell_cluster
 from deployments.generation import GenerationService
 from deployments.heartbeat import Heartbeat
 from deployments.intake import Intake
@@ -57,7 +60,7 @@ SERVICES = (
 
 
 class Router:
-    """One router process: `start` brings it up, `close` drains it."""
+    """One router process: `start` brings it up, `close` drains it. Its telemetry stays its maker's to close."""
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class Router:
         pending: Callable[[], Sequence[str]] = tuple,
         engine: EngineTraits | None = None,
         on_view: Callable[[ClusterView], None] | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         """Read the checkpoint's card and tokenizer; `pending` tells which replicas have no place, a line each.
 
@@ -74,20 +78,19 @@ class Router:
         cluster at every heartbeat. Raises CheckpointError.
         """
         self._settings, self._name = settings, name
-        self._pending, self._on_view = pending, on_view
+        self._pending, self._on_view, self._telemetry = pending, on_view, telemetry or Telemetry()
         folder = Path(settings.checkpoint)
-        card = _served_card(read_checkpoint(folder).card, settings)
         state, router = settings.state, settings.router
         redis = connect(state.url, timeout_s=state.timeout_s)
-        self._store = JobStore.of(redis, state)
+        self._store = MeasuredJobStore.recording(self._telemetry.recorder, redis, state)
         self._doorbell = Doorbell(redis, namespace=state.namespace)
         self._replicas = Replicas()
-        around = Surroundings(self._store, self._replicas, self._doorbell, name, state.outage_patience_s)
-        self._supervisor = Supervisor(around)
+        shared = (self._store, self._replicas, self._doorbell, name, state.outage_patience_s, self._telemetry)
+        self._supervisor = Supervisor(Surroundings(*shared))
         self._look = Heartbeat(self._supervisor.look, every_s=router.look_every_ms / 1000, name=f"{name}: look")
         self._intake = Intake(
             name=name,
-            card=card,
+            card=_served_card(settings),
             tokenizer=Tokenizer(folder),
             engine=engine or ENGINES[settings.denoiser.engine],
             store=self._store,
@@ -163,7 +166,10 @@ class Router:
     def _server_with_services(self) -> grpc.aio.Server:
         max_bytes = self._settings.router.max_request_bytes
         server = grpc.aio.server(
-            interceptors=(EdgeInterceptor(max_request_bytes=max_bytes),),
+            interceptors=(
+                CallWatch(self._telemetry),
+                EdgeInterceptor(max_request_bytes=max_bytes),
+            ),
             options=server_options(max_bytes, share_port=True),
         )
         generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server)
@@ -189,6 +195,7 @@ class Router:
         try:
             await self._supervisor.reconcile(await self._store.heartbeat_router(self._name))
             view = await self._store.view()
+            tell_cluster(self._telemetry.recorder, view, await self._store.waiting())
         except EaselError:
             await self._say(serving=False)
             raise
@@ -207,7 +214,7 @@ class Router:
             await self._health.set(service, status)
 
 
-def _served_card(card: ModelCard, settings: Settings) -> ModelCard:
+def _served_card(settings: Settings) -> ModelCard:
     """The model as its replicas serve it: a request is checked against the context that they have room for."""
-    limit = settings.denoiser.max_context_tokens
+    card, limit = read_checkpoint(Path(settings.checkpoint)).card, settings.denoiser.max_context_tokens
     return card if limit is None else replace(card, max_context_tokens=min(limit, card.max_context_tokens))

@@ -12,6 +12,7 @@ from cluster.cli.failure import ReportingGroup
 from cluster.cli.generate import generate
 from cluster.cli.jobs import cancel, get, jobs, submit, watch
 from cluster.cli.local import down, up
+from cluster.cli.metrics import metrics
 from cluster.cli.status import status
 
 HELP = """Serve block-diffusion language models, and use them.
@@ -41,5 +42,5 @@ def easel() -> None:
     """See HELP."""
 
 
-for _command in (up, down, status, drain, generate, submit, get, watch, cancel, jobs, demo, chaos):
+for _command in (up, down, status, metrics, drain, generate, submit, get, watch, cancel, jobs, demo, chaos):
     easel.add_command(_command)

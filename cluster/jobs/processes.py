@@ -11,6 +11,7 @@ from cluster.jobs.keys import checked_id
 from cluster.jobs.records import ClusterView, ReplicaHello, ReplicaOrders, parse_orders, parse_replica, short
 from cluster.jobs.scripts import Call, Reply
 from cluster.jobs.states import AttemptEnd
+from cluster.policy.ordering import OLDEST, members_of_level
 
 _PLACED_PER_LOOK = 256
 _REAPED_PER_LOOK = 256
@@ -81,6 +82,16 @@ class Processes(Caller):
             routers=tuple(router.decode() for router in cast("list[bytes]", routers)),
             queued=cast(int, queued),
         )
+
+    async def waiting(self) -> dict[int, int]:
+        """How many jobs wait at each level of the queue (cluster/policy/ordering.py), all levels named."""
+        levels = range(1, OLDEST + 1)
+        with redis_errors(self._limits.retry_after_ms):
+            pipeline = self._redis.pipeline(transaction=False)
+            for level in levels:
+                pipeline.zlexcount(self._keys.queue, *members_of_level(level))
+            counts = cast("list[int]", await pipeline.execute())
+        return dict(zip(levels, counts, strict=True))
 
     def _assign(self, job_id: str) -> Call:
         return self._call("assign", args=(_PLACED_PER_LOOK, job_id))

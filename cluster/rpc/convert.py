@@ -43,6 +43,7 @@ def job_spec_to_proto(spec: JobSpec) -> denoiser_pb2.JobSpec:
         tenant=spec.tenant,
         drafts=spec.wants_drafts,
         image_count=spec.image_count,
+        traceparent=spec.traceparent,
     )
 
 
@@ -67,6 +68,7 @@ def job_spec_from_proto(message: denoiser_pb2.JobSpec) -> JobSpec:
         tenant=message.tenant,
         wants_drafts=message.drafts,
         image_count=message.image_count,
+        traceparent=message.traceparent,
     )
 
 

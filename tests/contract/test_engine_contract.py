@@ -89,7 +89,7 @@ def torch_pair(slots: int, crew: Crew) -> Engine:
 ENGINES: dict[str, Callable[..., Engine]] = {
     "fake": fake,
     "torch": torch_engine,
-    "torch, recorded": torch_recorded,
+    "torch recorded": torch_recorded,
     "torch on two ranks": torch_pair,
 }
 

@@ -18,6 +18,7 @@ from cluster.client import EaselClient
 from cluster.config import Settings, overlay, parse_settings
 from cluster.engines import EngineTraits
 from cluster.redis_server import RedisServer
+from cluster.telemetry.telemetry import Telemetry
 from deployments.engine.fake import FakeEngine
 from deployments.replica import Replica
 from deployments.router import Router
@@ -39,10 +40,12 @@ class Stack:
     redis: RedisServer | None = None
     traits: EngineTraits | None = None
     engine: Callable[..., FakeEngine] = FakeEngine
+    telemetry: Callable[[str], Telemetry] = field(default=lambda name: Telemetry())
 
     async def add_router(self, name: str, *, port: int = 0) -> str:
         settings = parse_settings(overlay(self.settings.model_dump(mode="json"), {"router": {"port": port}}))
-        router = self.routers[name] = Router(settings, name=name, engine=self.traits)
+        telemetry = self.telemetry(name)
+        router = self.routers[name] = Router(settings, name=name, engine=self.traits, telemetry=telemetry)
         self.addresses[name] = f"127.0.0.1:{await router.start()}"
         return self.addresses[name]
 
@@ -52,7 +55,14 @@ class Stack:
         values: dict[str, Any] = {"slots": 2, "steps_per_canvas": 4, "step_time_ms": 5.0} | engine
         made = self.engine(card, **values)
         self.engines[name] = made
-        replica = Replica(self.settings, made, Tokenizer(checkpoint).decode, name=name, advertised_host="127.0.0.1")
+        replica = Replica(
+            self.settings,
+            made,
+            Tokenizer(checkpoint).decode,
+            name=name,
+            advertised_host="127.0.0.1",
+            telemetry=self.telemetry(name),
+        )
         await replica.start()
         self.replicas[name] = replica
         return replica
@@ -117,6 +127,7 @@ async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
             checkpoint: Path = CHECKPOINT,
             traits: EngineTraits | None = None,
             engine_class: Callable[..., FakeEngine] = FakeEngine,
+            telemetry: Callable[[str], Telemetry] = lambda name: Telemetry(),
             **engine: float | None,
         ) -> Stack:
             values = {
@@ -126,7 +137,13 @@ async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
                 "router": {"port": 0, "drain_timeout_s": 0.2, "look_every_ms": 50},
                 "denoiser": {"drain_timeout_s": 0.5} | (denoiser or {}),
             }
-            made = Stack(parse_settings(values), redis=redis_server, traits=traits, engine=engine_class)
+            made = Stack(
+                parse_settings(values),
+                redis=redis_server,
+                traits=traits,
+                engine=engine_class,
+                telemetry=telemetry,
+            )
             stack.push_async_callback(made.close)
             for number in range(replicas):
                 await made.add_replica(f"denoiser-{number}", **engine)

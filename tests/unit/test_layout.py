@@ -27,8 +27,15 @@ ALLOWED = {
     "cluster/checkpoint": ("cluster.core", "cluster.errors", "cluster.json_fields", "cluster.weight_files"),
     "cluster/redis_server": ("cluster.core", "cluster.errors", "cluster.config"),
     "cluster/policy": ("cluster.core", "cluster.errors", "cluster.config", "cluster.policy"),
-    "cluster/jobs": ("cluster.core", "cluster.errors", "cluster.config", "cluster.policy", "cluster.jobs"),
-    "cluster/rpc": ("cluster.core", "cluster.engines", "cluster.errors", "cluster.config", "cluster.rpc"),
+    "cluster/telemetry": ("cluster.core", "cluster.errors", "cluster.config", "cluster.policy", "cluster.telemetry"),
+    "cluster/jobs": (
+        *("cluster.core", "cluster.errors", "cluster.config", "cluster.policy", "cluster.telemetry"),
+        "cluster.jobs",
+    ),
+    "cluster/rpc": (
+        *("cluster.core", "cluster.engines", "cluster.errors", "cluster.config", "cluster.telemetry"),
+        "cluster.rpc",
+    ),
     "cluster": ("cluster",),
     "deployments/engine/api": ("cluster.core",),
     "deployments/engine/randomness": ("cluster.core",),

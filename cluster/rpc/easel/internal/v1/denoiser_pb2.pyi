@@ -83,6 +83,7 @@ class JobSpec(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     DRAFTS_FIELD_NUMBER: _builtins.int
     IMAGE_COUNT_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job's id."""
     priority: _builtins.int
@@ -93,6 +94,8 @@ class JobSpec(_message.Message):
     """An adopting router asks the replica for drafts."""
     image_count: _builtins.int
     """Images that the prompt holds; the replica reads them from Redis when there are any."""
+    traceparent: _builtins.str
+    """W3C traceparent of the call that submitted the job; empty where nobody traces it."""
     @_builtins.property
     def prompt_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The context, template included."""
@@ -116,10 +119,11 @@ class JobSpec(_message.Message):
         tenant: _builtins.str = ...,
         drafts: _builtins.bool = ...,
         image_count: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "image_count", b"image_count", "job_id", b"job_id", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling", "stop", b"stop", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "image_count", b"image_count", "job_id", b"job_id", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling", "stop", b"stop", "tenant", b"tenant", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
