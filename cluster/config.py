@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from cluster.engines import ENGINES
 from cluster.errors import ConfigError
+from cluster.security.settings import SecuritySettings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 DEFAULT_PORT = 8500
@@ -22,9 +23,18 @@ class _Frozen(BaseModel):
 
 
 class StateSettings(_Frozen):
-    """Redis, which decides and remembers."""
+    """Redis, which decides and remembers.
+
+    `username` and `password_file` are for a URL without them: the file is read at every connection, so that a password
+    can change. The other files are PEM, for rediss:// and rediss+sentinel://.
+    """
 
     url: str = "redis://127.0.0.1:6379/0"
+    username: str | None = None
+    password_file: str | None = None
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
     namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "easel"
     timeout_s: Annotated[float, Field(gt=0, le=60)] = 2.0
     queue_limit: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
@@ -88,13 +98,16 @@ class RouterAutoscaling(ReplicaRange):
 
 
 class RouterSettings(_Frozen):
-    """The public gRPC server."""
+    """The public gRPC server. `health_port` is a plaintext port for the standard health service alone, for probes."""
 
     host: str = "127.0.0.1"
     port: Port = DEFAULT_PORT
     replicas: Annotated[int, Field(ge=1, le=1000)] = 1
     autoscaling: RouterAutoscaling | None = None
     max_request_bytes: Annotated[int, Field(ge=1024, le=64 * 2**20)] = 4 * 2**20
+    max_connections: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    max_streams_per_connection: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    health_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     look_every_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
     drain_timeout_s: Annotated[float, Field(ge=0, le=600)] = 5.0
     num_cpus: Annotated[float, Field(ge=0, le=256)] = 0.1
@@ -192,6 +205,7 @@ class Settings(_Frozen):
     state: StateSettings = StateSettings()
     router: RouterSettings = RouterSettings()
     denoiser: DenoiserSettings = DenoiserSettings()
+    security: SecuritySettings = SecuritySettings()
     telemetry: TelemetrySettings = TelemetrySettings()
 
 
@@ -250,6 +264,13 @@ def state_dir() -> Path:
 def router_address() -> str | None:
     """The router that commands talk to when none is named: $EASEL_ADDRESS, or None."""
     return os.environ.get("EASEL_ADDRESS") or None
+
+
+def credential_environment() -> dict[str, str]:
+    """What commands show a cluster and trust of it, as far as EASEL_API_KEY, EASEL_CA_FILE and the like say it."""
+    names = ("api_key", "api_key_file", "tls", "ca_file", "cert_file", "key_file", "server_name")
+    found = {name: os.environ.get(f"EASEL_{name.upper()}") for name in names}
+    return {name: value for name, value in found.items() if value}
 
 
 def child_environment(**extra: str) -> dict[str, str]:
