@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from cluster.engines import ENGINES
 from cluster.errors import ConfigError
+from cluster.security.settings import SecuritySettings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 DEFAULT_PORT = 8500
@@ -22,9 +23,18 @@ class _Frozen(BaseModel):
 
 
 class StateSettings(_Frozen):
-    """Redis, which decides and remembers."""
+    """Redis, which decides and remembers.
+
+    `username` and `password_file` are for a URL without them: the file is read at every connection, so that a password
+    can change. The other files are PEM, for rediss:// and rediss+sentinel://.
+    """
 
     url: str = "redis://127.0.0.1:6379/0"
+    username: str | None = None
+    password_file: str | None = None
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
     namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "easel"
     timeout_s: Annotated[float, Field(gt=0, le=60)] = 2.0
     queue_limit: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
@@ -50,16 +60,62 @@ class StateSettings(_Frozen):
         return heartbeat_ms
 
 
+class ReplicaRange(_Frozen):
+    """As few and as many replicas as load may bring; `scale_down_after_s` of less load come before there are fewer."""
+
+    min_replicas: Annotated[int, Field(ge=0, le=10_000)] = 1
+    max_replicas: Annotated[int, Field(ge=1, le=10_000)]
+    scale_down_after_s: Annotated[float, Field(ge=0, le=86_400)] = 120.0
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _not_below_the_least(cls, most: int, info: ValidationInfo) -> int:
+        least = info.data.get("min_replicas", 0)
+        if most < least:
+            raise ValueError(f"min_replicas is {least}; at least that is allowed")
+        return most
+
+
+class DenoiserAutoscaling(ReplicaRange):
+    """How many denoiser replicas there are, by the canvases that wait and run; docs/autoscaling.md.
+
+    Under a steady load 95% of jobs are to wait less than `target_wait_s` for a slot. With `min_replicas` 0 the last
+    replica goes after `idle_to_zero_after_s` without a job. `start_s` is what a new replica is thought to take until
+    one was measured.
+    """
+
+    target_wait_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
+    idle_to_zero_after_s: Annotated[float, Field(ge=0, le=30 * 86_400)] = 900.0
+    start_s: Annotated[float, Field(ge=0, le=3600)] = 60.0
+
+
+class RouterAutoscaling(ReplicaRange):
+    """How many routers there are, by their open connections."""
+
+    min_replicas: Annotated[int, Field(ge=1, le=1000)] = 1
+    max_replicas: Annotated[int, Field(ge=1, le=1000)]
+    connections_per_router: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+
+
 class RouterSettings(_Frozen):
-    """The public gRPC server."""
+    """The public gRPC server. `health_port` is a plaintext port for the standard health service alone, for probes."""
 
     host: str = "127.0.0.1"
     port: Port = DEFAULT_PORT
     replicas: Annotated[int, Field(ge=1, le=1000)] = 1
+    autoscaling: RouterAutoscaling | None = None
     max_request_bytes: Annotated[int, Field(ge=1024, le=64 * 2**20)] = 4 * 2**20
+    max_connections: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    max_streams_per_connection: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    health_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     look_every_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
     drain_timeout_s: Annotated[float, Field(ge=0, le=600)] = 5.0
     num_cpus: Annotated[float, Field(ge=0, le=256)] = 0.1
+
+    @property
+    def most_replicas(self) -> int:
+        """As many as there may be at once."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
 class VllmSettings(_Frozen):
@@ -75,10 +131,12 @@ class DenoiserSettings(_Frozen):
     """The replicas that denoise; one replica is one tensor-parallel group of `tp` ranks.
 
     `placement` says where the ranks of a replica run: `strict_pack` on one node, `strict_spread` each on another node,
-    `pack` and `spread` as near to that as there is room. `num_cpus` and `num_gpus` are for each rank.
+    `pack` and `spread` as near to that as there is room. `num_cpus` and `num_gpus` are for each rank. Where
+    `autoscaling` is set, that says how many replicas there are, and `replicas` is not used.
     """
 
     replicas: Annotated[int, Field(ge=1, le=10_000)] = 2
+    autoscaling: DenoiserAutoscaling | None = None
     slots: Annotated[int, Field(ge=1, le=256)] = 8
     engine: Literal["torch", "vllm", "fake"] = "torch"
     tp: Annotated[int, Field(ge=1, le=64)] = 1
@@ -115,6 +173,16 @@ class DenoiserSettings(_Frozen):
         if threads > 1 and info.data.get("engine") == "vllm":
             raise ValueError("the vllm engine chooses its own threads; only 1 is allowed with it")
         return threads
+
+    @property
+    def least_replicas(self) -> int:
+        """As few as there may be: these need a place from the start."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.min_replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """As many as there may be at once."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
     @field_validator("tp", "dtype", "device", "checkpoint_every_steps")
     @classmethod
@@ -163,6 +231,7 @@ class Settings(_Frozen):
     state: StateSettings = StateSettings()
     router: RouterSettings = RouterSettings()
     denoiser: DenoiserSettings = DenoiserSettings()
+    security: SecuritySettings = SecuritySettings()
     telemetry: TelemetrySettings = TelemetrySettings()
 
 
@@ -221,6 +290,13 @@ def state_dir() -> Path:
 def router_address() -> str | None:
     """The router that commands talk to when none is named: $EASEL_ADDRESS, or None."""
     return os.environ.get("EASEL_ADDRESS") or None
+
+
+def credential_environment() -> dict[str, str]:
+    """What commands show a cluster and trust of it, as far as EASEL_API_KEY, EASEL_CA_FILE and the like say it."""
+    names = ("api_key", "api_key_file", "tls", "ca_file", "cert_file", "key_file", "server_name")
+    found = {name: os.environ.get(f"EASEL_{name.upper()}") for name in names}
+    return {name: value for name, value in found.items() if value}
 
 
 def child_environment(**extra: str) -> dict[str, str]:

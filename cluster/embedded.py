@@ -32,6 +32,7 @@ from cluster.checkpoint import check_degree, read_checkpoint
 from cluster.config import Settings, child_environment, load_values, overlay, parse_settings, state_dir
 from cluster.errors import ConfigError, EaselError, StartupError
 from cluster.redis_server import free_port
+from cluster.security.check import check_files
 
 Report = Callable[[str], None]
 
@@ -62,6 +63,8 @@ class UpOptions:
     dtype: str | None = None
     redis_url: str | None = None
     routers: int | None = None
+    min_replicas: int | None = None
+    max_replicas: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +108,9 @@ def start(settings: Settings, *, own_redis: bool, report: Report) -> LocalCluste
             raise StartupError(f"{where}; use it, or stop it with `easel down`")
         _end_leftovers(report)
         check_degree(read_checkpoint(settings.checkpoint).config, settings.denoiser.tp)
+        check_files(settings.security)
         _require_free(settings.router.host, settings.router.port)
-        return _start_warden(home, settings, own_redis, report)
+        return _start_warden(home, _with_probes(settings), own_redis, report)
 
 
 def down(report: Report) -> bool:
@@ -151,6 +155,7 @@ def record(cluster: LocalCluster) -> None:
 
 def _values(options: UpOptions) -> dict[str, Any]:
     """The settings that the options stand for, not yet checked."""
+    scaled = {"min_replicas": options.min_replicas, "max_replicas": options.max_replicas}
     given = {
         "checkpoint": options.checkpoint,
         "state": {"url": options.redis_url},
@@ -161,6 +166,8 @@ def _values(options: UpOptions) -> dict[str, Any]:
             "tp": options.tp,
             "engine": options.engine,
             "dtype": options.dtype,
+            # An empty section would turn autoscaling on.
+            "autoscaling": scaled if any(bound is not None for bound in scaled.values()) else None,
         },
     }
     values = overlay({} if options.config is None else load_values(Path(options.config)), given)
@@ -169,6 +176,13 @@ def _values(options: UpOptions) -> dict[str, Any]:
     if isinstance(values["router"], dict) and values["router"].get("port") == 0:
         values["router"]["port"] = free_port()
     return values
+
+
+def _with_probes(settings: Settings) -> Settings:
+    """The warden asks whether the routers serve; behind TLS it needs a port where it can do so without certificates."""
+    if settings.security.tls is None or settings.router.health_port is not None:
+        return settings
+    return parse_settings(overlay(settings.model_dump(mode="json"), {"router": {"health_port": free_port()}}))
 
 
 def _require_free(host: str, port: int) -> None:

@@ -35,7 +35,7 @@ from ray import serve
 from cluster.config import Settings, StateSettings, parse_settings
 from cluster.embedded import RAY_DIR_PREFIX, START_TIMEOUT_S, LocalCluster, record, record_path
 from cluster.errors import ConfigError, EaselError, StartupError, Unavailable
-from cluster.jobs.connection import connect, without_password
+from cluster.jobs.connection import connect_to, without_password
 from cluster.jobs.store import JobStore
 from cluster.redis_keeper import keep_running
 from cluster.redis_server import RedisServer
@@ -170,7 +170,7 @@ async def _reach_redis(state: StateSettings) -> None:
     """Raises StartupError for a Redis that cannot be reached, ConfigError for one that these settings do not open."""
     where = f"state.url: Redis at {without_password(state.url)}"
     try:
-        store = JobStore(connect(state.url, timeout_s=state.timeout_s), namespace=state.namespace)
+        store = JobStore(connect_to(state), namespace=state.namespace)
         try:
             await store.ping()
         finally:
@@ -185,8 +185,8 @@ def _start_ray(settings: Settings, reports: Reports, owned: contextlib.ExitStack
     """Start Ray and Serve; returns Ray's own folder."""
     reports.send(say="starting Ray")
     denoiser, router = settings.denoiser, settings.router
-    ranks = denoiser.replicas * denoiser.tp
-    wanted_cpus = ranks * denoiser.num_cpus + router.replicas * router.num_cpus
+    ranks = denoiser.most_replicas * denoiser.tp
+    wanted_cpus = ranks * denoiser.num_cpus + router.most_replicas * router.num_cpus
     # Ray's own folder holds sockets, whose paths must be short: not under the state folder.
     folder = tempfile.mkdtemp(prefix=RAY_DIR_PREFIX)
     owned.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -210,7 +210,7 @@ def _start_ray(settings: Settings, reports: Reports, owned: contextlib.ExitStack
 
 def _deploy(settings: Settings, reports: Reports, stop: threading.Event) -> None:
     """Deploy and wait until every replica runs; says how far it is. Raises StartupError when Serve gives up."""
-    reports.send(say=f"loading {settings.checkpoint} into {settings.denoiser.replicas} replicas")
+    reports.send(say=f"loading {settings.checkpoint} into {settings.denoiser.least_replicas} replicas")
     application = build(settings.model_dump(mode="json"))
     deployed = _beside(lambda: serve.run(application, name=APP_NAME, route_prefix=None))
     give_up_s = time.monotonic() + START_TIMEOUT_S
@@ -271,7 +271,8 @@ def _say_progress(reports: Reports, said: str) -> str:
 
 def _until_serving(settings: Settings, stop: threading.Event) -> None:
     """Wait for the health service: a router serves once a replica has registered."""
-    target = f"{settings.router.host}:{settings.router.port}"
+    port = settings.router.port if settings.router.health_port is None else settings.router.health_port
+    target = f"{settings.router.host}:{port}"
     give_up_s = time.monotonic() + START_TIMEOUT_S
     with grpc.insecure_channel(target) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)  # ships no type information for its methods

@@ -68,10 +68,10 @@ def waiting(app_name: str) -> tuple[str, ...]:
 
 
 def without_place(denoiser: DenoiserSettings, timeout_s: float) -> tuple[str, ...]:
-    """As `waiting`, before there are replicas: reserves a place for each of them, and gives all back."""
+    """As `waiting`, before there are replicas: reserves a place for those there must be, and gives all back."""
     bundles, strategy = placement_options(denoiser)["placement_group_bundles"], denoiser.placement.upper()
     give_up_s = time.monotonic() + timeout_s
-    groups = [ray.util.placement_group(bundles, strategy, name=f"{TRIAL}{n}") for n in range(denoiser.replicas)]
+    groups = [ray.util.placement_group(bundles, strategy, name=f"{TRIAL}{n}") for n in range(denoiser.least_replicas)]
     try:
         placed = [group.wait(max(0.0, give_up_s - time.monotonic())) for group in groups]
         return () if all(placed) else _waiting(TRIAL)

@@ -10,7 +10,7 @@ import grpc
 
 from cluster.config import Settings
 from cluster.errors import EaselError, StartupError, Unavailable
-from cluster.jobs.connection import connect
+from cluster.jobs.connection import connect_to
 from cluster.jobs.doorbell import Doorbell
 from cluster.jobs.measured import MeasuredJobStore
 from cluster.jobs.records import AssignedJob
@@ -20,9 +20,11 @@ from cluster.rpc.options import server_options
 from cluster.telemetry import metrics
 from cluster.telemetry.telemetry import Telemetry
 from deployments.denoiser import Denoiser
+from deployments.door import bind_internal
 from deployments.engine.api import Engine
 from deployments.gauges import EngineGauges
 from deployments.heartbeat import Heartbeat
+from deployments.load import ReplicaLoad
 from deployments.membership import Membership
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,8 @@ STREAMS_GRACE_S = 1.0
 class Replica:
     """One Denoiser replica: `start` brings it up and registers it, `close` drains it first, then ends it.
 
-    An order from Redis drains it too; it then waits, outside the slot table, until it is replaced.
+    An order from Redis drains it too; it then waits, outside the slot table, until it is replaced. `load` tells what
+    autoscaling is to know.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class Replica:
         """`telemetry` stays its maker's to close."""
         state = settings.state
         self._telemetry = telemetry or Telemetry()
-        redis = connect(state.url, timeout_s=state.timeout_s)
+        redis = connect_to(state)
         self._settings = settings
         self._name = name
         self._advertised_host = advertised_host
@@ -62,6 +65,7 @@ class Replica:
             engine, self._store, decode, membership=self._membership, settings=settings, telemetry=self._telemetry
         )
         self._gauges = EngineGauges(self._telemetry.recorder, engine, name=name)
+        self.load = ReplicaLoad(engine, self._store, self._denoiser.tally)
         self._heartbeat = Heartbeat(self._beat, every_s=state.heartbeat_ms / 1000, name=f"{name}: lease")
         self._server = grpc.aio.server(
             interceptors=(EdgeInterceptor(max_request_bytes=INTERNAL_MAX_BYTES),),
@@ -79,7 +83,7 @@ class Replica:
         pb_grpc.add_DenoiserServicer_to_server(self._denoiser, self._server)
         host = self._settings.denoiser.host
         try:
-            port = self._server.add_insecure_port(f"{host}:0")
+            port = bind_internal(self._server, f"{host}:0", self._settings)
         except RuntimeError as error:
             raise StartupError(f"denoiser.host: no port can be bound on {host}") from error
         await self._server.start()

@@ -20,9 +20,11 @@ from cluster.config import Settings
 from cluster.core import ModelCard
 from cluster.engines import ENGINES, EngineTraits
 from cluster.errors import EaselError, StartupError
-from cluster.jobs.connection import connect
+from cluster.jobs.connection import connect_to
 from cluster.jobs.doorbell import Doorbell
 from cluster.jobs.measured import MeasuredJobStore
+from cluster.jobs.quotas import quota_rows
+from cluster.jobs.records import ClusterView
 from cluster.rpc.calls import CallWatch
 from cluster.rpc.easel.v1 import (
     cluster_pb2,
@@ -32,11 +34,10 @@ from cluster.rpc.easel.v1 import (
     jobs_pb2,
     jobs_pb2_grpc,
 )
-from cluster.rpc.interceptors import EdgeInterceptor
-from cluster.rpc.options import server_options
 from cluster.telemetry.telemetry import Telemetry
 from deployments.charge import Surroundings
 from deployments.cluster_service import ClusterService
+from deployments.door import Door, internal_tls
 from deployments.gauges import tell_cluster
 from deployments.generation import GenerationService
 from deployments.heartbeat import Heartbeat
@@ -68,48 +69,54 @@ class Router:
         name: str,
         pending: Callable[[], Sequence[str]] = tuple,
         engine: EngineTraits | None = None,
+        on_view: Callable[[ClusterView], None] | None = None,
         telemetry: Telemetry | None = None,
     ) -> None:
         """Read the checkpoint's card and tokenizer; `pending` tells which replicas have no place, a line each.
 
-        `engine` is what the replicas can do; None for what the engine of the settings can. Raises CheckpointError.
+        `engine` is what the replicas can do; None for what the engine of the settings can. `on_view` is shown the
+        cluster at every heartbeat. Raises CheckpointError, or ConfigError for files of section `security` that cannot
+        be used.
         """
-        self._settings = settings
-        self._pending = pending
-        self._telemetry = telemetry or Telemetry()
-        self._name = name
-        folder = Path(settings.checkpoint)
+        self._settings, self._name, self._door = settings, name, Door(settings)
+        self._pending, self._on_view, self._telemetry = pending, on_view, telemetry or Telemetry()
         state, router = settings.state, settings.router
-        redis = connect(state.url, timeout_s=state.timeout_s)
+        redis = connect_to(state)
         self._store = MeasuredJobStore.recording(self._telemetry.recorder, redis, state)
         self._doorbell = Doorbell(redis, namespace=state.namespace)
-        self._replicas = Replicas()
+        self._replicas = Replicas(internal_tls(settings))
         shared = (self._store, self._replicas, self._doorbell, name, state.outage_patience_s, self._telemetry)
         self._supervisor = Supervisor(Surroundings(*shared))
         self._look = Heartbeat(self._supervisor.look, every_s=router.look_every_ms / 1000, name=f"{name}: look")
-        self._intake = Intake(
-            name=name,
-            card=_served_card(settings),
-            tokenizer=Tokenizer(folder),
-            engine=engine or ENGINES[settings.denoiser.engine],
-            store=self._store,
-            doorbell=self._doorbell,
-            supervisor=self._supervisor,
-        )
+        self._intake = self._make_intake(engine or ENGINES[settings.denoiser.engine])
         self._generation = GenerationService(self._intake, self._supervisor)
         self._health = health_aio.HealthServicer()
         self._heartbeat = Heartbeat(self._beat, every_s=state.heartbeat_ms / 1000, name=f"{name}: lease")
         self._server: grpc.aio.Server | None = None
+        self._probes: grpc.aio.Server | None = None
         self._closing: asyncio.Task[None] | None = None
+
+    def _make_intake(self, engine: EngineTraits) -> Intake:
+        return Intake(
+            name=self._name,
+            card=_served_card(self._settings),
+            tokenizer=Tokenizer(Path(self._settings.checkpoint)),
+            engine=engine,
+            store=self._store,
+            doorbell=self._doorbell,
+            supervisor=self._supervisor,
+        )
 
     async def start(self) -> int:
         """Register in Redis and serve; returns the port. Raises StartupError, ConfigError or Unavailable."""
         await self._store.ping()
+        await self._store.set_quotas(quota_rows(self._settings.security.quotas))
         self._doorbell.on_ring(self._supervisor.ring)
         await self._doorbell.start(self._name)
         await self._heartbeat.start()
         await self._look.start()
         self._server, port = await self._listen()
+        self._probes = await self._door.open_for_probes(self._health)
         logger.info("router %s serves on %s:%d", self._name, self._settings.router.host, port)
         return port
 
@@ -132,6 +139,8 @@ class Router:
             await stopping
         else:
             await self._supervisor.drain(0)
+        if self._probes is not None:
+            await self._probes.stop(0)
         await self._generation.close(1.0)
         await self._look.close()
         await self._heartbeat.close()
@@ -151,7 +160,7 @@ class Router:
         while True:
             server = self._server_with_services()
             try:
-                bound = server.add_insecure_port(f"{host}:{port}")
+                bound = self._door.bind(server, f"{host}:{port}")
                 await server.start()
             except RuntimeError as error:
                 await server.stop(None)
@@ -163,14 +172,7 @@ class Router:
                 return server, bound
 
     def _server_with_services(self) -> grpc.aio.Server:
-        max_bytes = self._settings.router.max_request_bytes
-        server = grpc.aio.server(
-            interceptors=(
-                CallWatch(self._telemetry),
-                EdgeInterceptor(max_request_bytes=max_bytes),
-            ),
-            options=server_options(max_bytes, share_port=True),
-        )
+        server = self._door.server(CallWatch(self._telemetry))
         generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server)
         jobs = JobService(self._intake, self._store)
         jobs_pb2_grpc.add_JobsServicer_to_server(jobs, server)
@@ -179,6 +181,7 @@ class Router:
             queue_limit=self._settings.state.queue_limit,
             version=__version__,
             pending=self._pending,
+            denoisers=self._settings.denoiser,
         )
         cluster_pb2_grpc.add_ClusterServicer_to_server(status, server)
         add_HealthServicer_to_server(self._health, server)
@@ -199,7 +202,11 @@ class Router:
             raise
         live = [row for row in view.replicas if row.lease_ms > 0]
         self._replicas.keep_only(frozenset(row.address for row in live))
-        await self._say(serving=any(not row.draining for row in live))
+        if self._on_view is not None:
+            self._on_view(view)
+        # With no replica at all a job is taken too, where it wakes the first one.
+        wakes = self._settings.denoiser.least_replicas == 0
+        await self._say(serving=wakes or any(not row.draining for row in live))
 
     async def _say(self, *, serving: bool) -> None:
         known = health_pb2.HealthCheckResponse

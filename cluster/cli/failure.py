@@ -16,8 +16,11 @@ from cluster.errors import (
     InvalidRequest,
     JobCancelled,
     JobFailed,
+    PermissionDenied,
     QueueFull,
+    QuotaExceeded,
     RequestIdReused,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -31,9 +34,12 @@ _EXIT_CODES: tuple[tuple[type[EaselError], int], ...] = (
     (InvalidRequest, EXIT_INVALID),
     (ConfigError, EXIT_INVALID),
     (RequestIdReused, EXIT_INVALID),
+    (Unauthenticated, EXIT_INVALID),
+    (PermissionDenied, EXIT_INVALID),
     (EngineCannot, EXIT_INVALID),
     (Unavailable, EXIT_UNAVAILABLE),
     (QueueFull, EXIT_UNAVAILABLE),
+    (QuotaExceeded, EXIT_UNAVAILABLE),
     (DeadlineExceeded, EXIT_JOB),
     (JobCancelled, EXIT_JOB),
     (JobFailed, EXIT_JOB),
@@ -89,6 +95,10 @@ def hint_for(error: EaselError) -> str | None:
     """What to do about an error, where that is not plain from the error itself."""
     if isinstance(error, Unavailable) and str(error).startswith("no cluster answers"):
         return "start one with `easel up`, or name another with --address host:port"
+    if isinstance(error, Unauthenticated):
+        return "set EASEL_API_KEY, or EASEL_API_KEY_FILE to a file that holds the key"
+    if isinstance(error, Unavailable) and str(error).startswith("no trusted cluster answers"):
+        return "see --ca-file, --cert-file and --server-name of `easel --help`"
     if isinstance(error, QueueFull):
         return "the queue is full: try again later, or look at `easel status`"
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import cast
 
 from cluster.jobs.caller import Caller
@@ -69,6 +70,20 @@ class Processes(Caller):
         """Give a router's lease back; the others adopt what it had charge of."""
         await self._run(self._call("leave_router", args=(checked_id("router", router),)))
 
+    async def queued(self) -> int:
+        """How many jobs wait: one cheap call, for what every replica asks again and again."""
+        with redis_errors(self._limits.retry_after_ms):
+            return await self._redis.zcard(self._keys.queue)
+
+    async def set_quotas(self, rows: Mapping[str, str]) -> None:
+        """Replace the limits of all tenants by these (cluster.jobs.quotas); jobs that they let in are placed.
+
+        Jobs that this store submits count from now on, unless there are no limits.
+        """
+        self._has_quotas = bool(rows)
+        flat = tuple(word for row in rows.items() for word in row)
+        await self._run(self._call("quotas", args=flat))
+
     async def view(self) -> ClusterView:
         """Replicas, routers and the queue at one moment."""
         queued, routers, rows = cast("list[Reply]", await self._run(Call("view", self._fixed, ())))
@@ -79,7 +94,10 @@ class Processes(Caller):
         )
 
     async def waiting(self) -> dict[int, int]:
-        """How many jobs wait at each level of the queue (cluster/policy/ordering.py), all levels named."""
+        """How many jobs wait at each level of the queue (cluster/policy/ordering.py), all levels named.
+
+        Those that a quota holds are in none: no slot would help them.
+        """
         levels = range(1, OLDEST + 1)
         with redis_errors(self._limits.retry_after_ms):
             pipeline = self._redis.pipeline(transaction=False)

@@ -15,6 +15,14 @@ _MAX_METADATA_BYTES = 32 * 1024
 Options = Sequence[tuple[str, int]]
 
 
+def limit_options(max_connections: int, max_streams_per_connection: int) -> Options:
+    """How many callers a server takes: a connection too many is closed, a stream too many waits in its client."""
+    return [
+        ("grpc.max_allowed_incoming_connections", max_connections),
+        ("grpc.max_concurrent_streams", max_streams_per_connection),
+    ]
+
+
 def server_options(max_request_bytes: int, share_port: bool = False) -> Options:
     """Settings of an Easel server; `max_request_bytes` is the limit that its EdgeInterceptor enforces.
 

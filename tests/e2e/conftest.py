@@ -113,17 +113,19 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest_asyncio.fixture
 async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
-    """Start a router and replicas in a namespace of their own; `state`, `denoiser` and `engine` override settings.
+    """Start a router and replicas in a namespace of their own; the other arguments override settings.
 
     `engine_class` stands in for the fake engine, and `traits` for what the settings' engine can do.
     """
     async with AsyncExitStack() as stack:
 
-        async def make(
+        async def make(  # noqa: PLR0913 - most of them are sections of the settings
             *,
             replicas: int = 1,
             state: dict[str, Any] | None = None,
             denoiser: dict[str, Any] | None = None,
+            router: dict[str, Any] | None = None,
+            security: dict[str, Any] | None = None,
             checkpoint: Path = CHECKPOINT,
             traits: EngineTraits | None = None,
             engine_class: Callable[..., FakeEngine] = FakeEngine,
@@ -134,7 +136,8 @@ async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
                 "checkpoint": str(checkpoint),
                 "state": {"url": redis_server.url, "namespace": f"t{next(namespaces)}", "heartbeat_ms": 100}
                 | (state or {}),
-                "router": {"port": 0, "drain_timeout_s": 0.2, "look_every_ms": 50},
+                "router": {"port": 0, "drain_timeout_s": 0.2, "look_every_ms": 50} | (router or {}),
+                "security": security or {},
                 "denoiser": {"drain_timeout_s": 0.5} | (denoiser or {}),
             }
             made = Stack(
@@ -158,9 +161,9 @@ async def connect() -> AsyncIterator[Connect]:
     """A client of a stack's first router, closed after the test."""
     async with AsyncExitStack() as stack:
 
-        def make(target: Stack, *routers: str) -> EaselClient:
+        def make(target: Stack, *routers: str, **trust: Any) -> EaselClient:  # noqa: ANN401 - what the client takes
             names = routers or ("router-0",)
-            client = EaselClient(",".join(target.addresses[name] for name in names))
+            client = EaselClient(",".join(target.addresses[name] for name in names), **trust)
             stack.push_async_callback(client.close)
             return client
 

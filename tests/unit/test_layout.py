@@ -21,7 +21,8 @@ ALLOWED = {
     "cluster/core": (),
     "cluster/errors": ("cluster.core",),
     "cluster/engines": (),
-    "cluster/config": ("cluster.core", "cluster.engines", "cluster.errors"),
+    "cluster/security": ("cluster.core", "cluster.errors", "cluster.security"),
+    "cluster/config": ("cluster.core", "cluster.engines", "cluster.errors", "cluster.security.settings"),
     "cluster/json_fields": ("cluster.core", "cluster.errors"),
     "cluster/weight_files": ("cluster.core", "cluster.errors", "cluster.json_fields"),
     "cluster/checkpoint": ("cluster.core", "cluster.errors", "cluster.json_fields", "cluster.weight_files"),
@@ -30,11 +31,11 @@ ALLOWED = {
     "cluster/telemetry": ("cluster.core", "cluster.errors", "cluster.config", "cluster.policy", "cluster.telemetry"),
     "cluster/jobs": (
         *("cluster.core", "cluster.errors", "cluster.config", "cluster.policy", "cluster.telemetry"),
-        "cluster.jobs",
+        *("cluster.security", "cluster.jobs"),
     ),
     "cluster/rpc": (
         *("cluster.core", "cluster.engines", "cluster.errors", "cluster.config", "cluster.telemetry"),
-        "cluster.rpc",
+        *("cluster.security", "cluster.rpc"),
     ),
     "cluster": ("cluster",),
     "deployments/engine/api": ("cluster.core",),

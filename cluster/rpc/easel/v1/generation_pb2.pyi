@@ -312,7 +312,9 @@ class GenerateRequest(_message.Message):
     priority: Global___Priority.ValueType
     """Place in the queue."""
     tenant: _builtins.str
-    """Whom the job is for, at most 128 characters; reported back, and a key for quotas."""
+    """Whom the job is for, at most 128 characters; reported back, and a key for quotas. Where the cluster asks for
+    credentials it is the credential's: empty or the same here, anything else is PERMISSION_DENIED.
+    """
     drafts: _builtins.bool
     """Send the canvas in progress after every denoising step (StreamGenerate, and Watch after Submit)."""
     @_builtins.property

@@ -35,7 +35,8 @@ class GenerationStub:
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
     UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
-    FAILED_PRECONDITION with the reason ENGINE_CANNOT.
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT. Where the cluster asks for credentials, a call brings one along as
+    "authorization: Bearer CREDENTIAL"; without a good one it is UNAUTHENTICATED.
     """
 
     def __init__(self, channel):
@@ -66,7 +67,8 @@ class GenerationServicer:
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
     UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
-    FAILED_PRECONDITION with the reason ENGINE_CANNOT.
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT. Where the cluster asks for credentials, a call brings one along as
+    "authorization: Bearer CREDENTIAL"; without a good one it is UNAUTHENTICATED.
     """
 
     def Generate(self, request, context):
@@ -114,7 +116,8 @@ class Generation:
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
     UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
-    FAILED_PRECONDITION with the reason ENGINE_CANNOT.
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT. Where the cluster asks for credentials, a call brings one along as
+    "authorization: Bearer CREDENTIAL"; without a good one it is UNAUTHENTICATED.
     """
 
     @staticmethod

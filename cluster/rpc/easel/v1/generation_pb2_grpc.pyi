@@ -36,7 +36,8 @@ class GenerationStub:
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
     UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
-    FAILED_PRECONDITION with the reason ENGINE_CANNOT.
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT. Where the cluster asks for credentials, a call brings one along as
+    "authorization: Bearer CREDENTIAL"; without a good one it is UNAUTHENTICATED.
     """
 
     @_typing.overload
@@ -59,7 +60,8 @@ class GenerationAsyncStub(GenerationStub):
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
     UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
-    FAILED_PRECONDITION with the reason ENGINE_CANNOT.
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT. Where the cluster asks for credentials, a call brings one along as
+    "authorization: Bearer CREDENTIAL"; without a good one it is UNAUTHENTICATED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -78,7 +80,8 @@ class GenerationServicer(metaclass=_abc_1.ABCMeta):
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
     UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
-    FAILED_PRECONDITION with the reason ENGINE_CANNOT.
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT. Where the cluster asks for credentials, a call brings one along as
+    "authorization: Bearer CREDENTIAL"; without a good one it is UNAUTHENTICATED.
     """
 
     @_abc_1.abstractmethod
