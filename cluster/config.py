@@ -118,6 +118,15 @@ class RouterSettings(_Frozen):
         return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
+class VllmSettings(_Frozen):
+    """What only the vllm engine takes. Names and meaning are vLLM's own (0.32)."""
+
+    quantization: Literal["fp8", "modelopt", "modelopt_fp4", "nvfp4_per_token", "compressed-tensors"] | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    enforce_eager: bool = False
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
+
+
 class DenoiserSettings(_Frozen):
     """The replicas that denoise; one replica is one tensor-parallel group of `tp` ranks.
 
@@ -129,7 +138,7 @@ class DenoiserSettings(_Frozen):
     replicas: Annotated[int, Field(ge=1, le=10_000)] = 2
     autoscaling: DenoiserAutoscaling | None = None
     slots: Annotated[int, Field(ge=1, le=256)] = 8
-    engine: Literal["torch", "fake"] = "torch"
+    engine: Literal["torch", "vllm", "fake"] = "torch"
     tp: Annotated[int, Field(ge=1, le=64)] = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda", "auto"] = "auto"
@@ -147,6 +156,23 @@ class DenoiserSettings(_Frozen):
     drain_timeout_s: Annotated[float, Field(ge=0, le=600)] = 5.0
     step_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     checkpoint_every_steps: Annotated[int, Field(ge=0, le=1000)] = 0
+    vllm: VllmSettings = VllmSettings()
+
+    @field_validator("vllm")
+    @classmethod
+    def _only_with_vllm(cls, settings: VllmSettings, info: ValidationInfo) -> VllmSettings:
+        engine, defaults = info.data.get("engine"), VllmSettings()
+        mine = [name for name in VllmSettings.model_fields if getattr(settings, name) != getattr(defaults, name)]
+        if engine != "vllm" and mine:
+            raise ValueError(f"the {engine} engine takes none of it, and {', '.join(mine)} is set")
+        return settings
+
+    @field_validator("threads")
+    @classmethod
+    def _vllm_has_its_own_threads(cls, threads: int, info: ValidationInfo) -> int:
+        if threads > 1 and info.data.get("engine") == "vllm":
+            raise ValueError("the vllm engine chooses its own threads; only 1 is allowed with it")
+        return threads
 
     @property
     def least_replicas(self) -> int:

@@ -51,6 +51,10 @@ def make_engine(settings: Settings, ranks: RankActors | None) -> Engine:
             steps_per_canvas=denoiser.fake_steps_per_canvas,
             step_time_ms=denoiser.fake_step_ms,
         )
+    if denoiser.engine == "vllm":
+        from deployments.vllm_start import vllm_engine  # noqa: PLC0415
+
+        return vllm_engine(settings)
     chosen: dict[str, Any] = {
         "slots": denoiser.slots,
         "dtype": denoiser.dtype,
@@ -71,7 +75,7 @@ def make_engine(settings: Settings, ranks: RankActors | None) -> Engine:
 def rank_actors(settings: Settings) -> RankActors | None:
     """Those of the replica that asks, from its own process; None when it is all there is."""
     group = ray.util.get_current_placement_group()
-    if settings.denoiser.tp == 1 or group is None:
+    if settings.denoiser.tp == 1 or group is None or settings.denoiser.engine != "torch":
         return None
     from deployments.ranks import RankActors  # noqa: PLC0415 - it imports torch
 

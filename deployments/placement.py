@@ -48,8 +48,12 @@ def placement_options(denoiser: DenoiserSettings) -> dict[str, Any]:
     """The options of the Serve deployment that say where its replicas run."""
     bundle = {"CPU": denoiser.num_cpus, "GPU": denoiser.num_gpus}
     bundle = {kind: amount for kind, amount in bundle.items() if amount} or {"CPU": LEAST_CPUS}
+    own = rank_options(denoiser)
+    if denoiser.engine == "vllm" and denoiser.tp > 1:
+        # vLLM's ranks are actors of its own, one in each bundle; the replica computes nothing and leaves them the GPUs.
+        own["num_gpus"] = 0.0
     return {
-        "ray_actor_options": rank_options(denoiser),
+        "ray_actor_options": own,
         "placement_group_bundles": [dict(bundle) for _ in range(denoiser.tp)],
         "placement_group_strategy": denoiser.placement.upper(),
     }

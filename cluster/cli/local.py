@@ -25,7 +25,7 @@ from cluster.errors import StartupError
 @click.option("--routers", type=click.IntRange(1), help="Routers, which share the port.  [default: 1]")
 @click.option("--port", type=click.IntRange(0, 65535), help=f"Port of the routers; 0: any.  [default: {DEFAULT_PORT}]")
 @click.option("--redis-url", metavar="URL", help="Redis to use.  [default: one of its own]")
-@click.option("--engine", type=click.Choice(["torch", "fake"]), help="What computes.  [default: torch]")
+@click.option("--engine", type=click.Choice(["torch", "vllm", "fake"]), help="What computes.  [default: torch]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Run dtype.  [default: float32]")
 def up(foreground: bool, **options: Any) -> None:  # noqa: ANN401 - the options are those of UpOptions
     """Start a cluster on this machine: Ray, Redis, routers and replicas.
