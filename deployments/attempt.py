@@ -21,6 +21,7 @@ from deployments.answer import Answer
 from deployments.attempt_watch import AttemptWatch
 from deployments.endings import failure_of
 from deployments.engine.api import CanvasCheckpoint, Commit, EngineJob, Progress
+from deployments.engine.pixels import decode
 from deployments.load import Tally
 from deployments.outbox import MAX_DRAFTS_BEHIND, Outbox
 from deployments.step_loop import StepLoop
@@ -182,8 +183,13 @@ class Attempt:
     async def _denoise(self, committed: list[Canvas]) -> None:
         checkpoint = await self._resumable(len(committed))
         images = await self._images()
+        try:
+            # Away from the step thread, which other jobs share.
+            decoded = await asyncio.to_thread(decode, images)
+        except ValueError as error:
+            await self._end(self._refused(error))
         if self._release is None:
-            self._start(committed, checkpoint, images)
+            self._start(committed, checkpoint, decoded)
         while True:
             # Bounded by the watchdog: an engine that is well reports, and of one that hangs we hear `stop`.
             item = await self._inbox.get()
@@ -227,7 +233,10 @@ class Attempt:
     def _started(self, done: asyncio.Future[None]) -> None:
         error = None if done.cancelled() else done.exception()
         if error is not None and not isinstance(error, EngineError):
-            self._inbox.put_nowait(_Failed(EngineError(f"the engine refused job {self._spec.job_id}: {error}")))
+            self._inbox.put_nowait(self._refused(error))
+
+    def _refused(self, error: BaseException) -> _Failed:
+        return _Failed(EngineError(f"the engine refused job {self._spec.job_id}: {error}"))
 
     async def _commit(self, commit: Commit) -> bool:
         """Write a canvas, then tell it; True when the answer is whole."""
