@@ -221,9 +221,7 @@ def _card(name: str, version: str, config: ModelConfig, generation: JsonFields) 
     )
 
 
-def _vision(
-    folder: Path, fields: JsonFields, vocab_size: int, tensors: Mapping[str, TensorEntry]
-) -> VisionCard | None:
+def _vision(folder: Path, fields: JsonFields, vocab_size: int, tensors: Mapping[str, TensorEntry]) -> VisionCard | None:
     """None for a checkpoint that describes no vision tower, has no weights for it, no token for an image, or does not
     say how images are prepared."""
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):

@@ -1,5 +1,5 @@
-"""Images of a job as pixels. Files come checked but not decoded: headers were read, and what only decoding tells is told
-here, before any compute."""
+"""Images of a job as pixels. Files come with their headers checked; what only decoding tells is told here, before any
+compute."""
 
 from __future__ import annotations
 

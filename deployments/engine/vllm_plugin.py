@@ -15,17 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.models.gemma4.image_processing_gemma4 import get_aspect_ratio_preserving_size
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.models.diffusion_gemma import (
     DiffusionGemmaForConditionalGeneration,
     DiffusionGemmaModelState,
-    DiffusionGemmaProcessingInfo,
     DiffusionSampler,
 )
 from vllm.model_executor.models.diffusion_gemma_sampler import sample_row_stats
-from vllm.model_executor.models.gemma4_mm import Gemma4DummyInputsBuilder, Gemma4MultiModalProcessor
-from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from deployments.engine.randomness import step_draws
@@ -39,25 +35,6 @@ TILE_MEMORY_SHARE = 0.5
 TILE_COPIES = 3
 
 
-class EaselProcessingInfo(DiffusionGemmaProcessingInfo):  # type: ignore[misc]
-    """Counts an image's positions as the processor that cuts it into patches does. vLLM counts with an own formula, which
-    rounds differently for a few very long images (17 x 4760 pixels); the worker then dies of an embedding too many."""
-
-    def _compute_num_soft_tokens(
-        self, image_width: int, image_height: int, max_soft_tokens: int | None = None
-    ) -> int:
-        vision = self.get_hf_config().vision_config
-        side_px, pooled = vision.patch_size, vision.pooling_kernel_size**2
-        limit = max_soft_tokens or vision.default_output_length
-        size = get_aspect_ratio_preserving_size(
-            image_height, image_width, side_px, limit * pooled, vision.pooling_kernel_size
-        )
-        return int(size[0] // side_px) * int(size[1] // side_px) // pooled
-
-
-@MULTIMODAL_REGISTRY.register_processor(  # type: ignore[misc]
-    Gemma4MultiModalProcessor, info=EaselProcessingInfo, dummy_inputs=Gemma4DummyInputsBuilder
-)
 class EaselDiffusionGemma(DiffusionGemmaForConditionalGeneration):  # type: ignore[misc]  # vLLM has no types here
     """vLLM's model; where Easel drives it, with Easel's state and sampler."""
 

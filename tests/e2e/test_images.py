@@ -47,8 +47,7 @@ class SeeingEngine(FakeEngine):
 
 @pytest.fixture
 def seeing(tmp_path: Path) -> Path:
-    """The demo checkpoint, which has a vision tower, with what it lacks to be served: a template that knows images, and a
-    processor."""
+    """The demo checkpoint, which has a vision tower, with what it lacks: a template that knows images, a processor."""
     folder = tmp_path / "tiny"
     shutil.copytree(CHECKPOINT, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)

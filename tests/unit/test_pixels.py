@@ -68,5 +68,5 @@ def test_the_images_of_a_job_have_so_many_pixels_together(monkeypatch: pytest.Mo
     monkeypatch.setattr(pixels, "MAX_JOB_PIXELS", 100)
     images = [Image(picture(), PNG)] * 3
     assert len(decode(images[:2])) == 2
-    with pytest.raises(ValueError, match="images: image 3 of 3 has 8 x 6 pixels, .* more than the 100"):
+    with pytest.raises(ValueError, match=r"images: image 3 of 3 has 8 x 6 pixels, .* more than the 100"):
         decode(images)
