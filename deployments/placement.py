@@ -48,11 +48,14 @@ def placement_options(denoiser: DenoiserSettings) -> dict[str, Any]:
     """The options of the Serve deployment that say where its replicas run."""
     bundle = {"CPU": denoiser.num_cpus, "GPU": denoiser.num_gpus}
     bundle = {kind: amount for kind, amount in bundle.items() if amount} or {"CPU": LEAST_CPUS}
-    return {
+    options: dict[str, Any] = {
         "ray_actor_options": rank_options(denoiser),
         "placement_group_bundles": [dict(bundle) for _ in range(denoiser.tp)],
         "placement_group_strategy": denoiser.placement.upper(),
     }
+    if denoiser.label_selector:
+        options["placement_group_bundle_label_selector"] = [dict(denoiser.label_selector) for _ in range(denoiser.tp)]
+    return options
 
 
 def waiting(app_name: str) -> tuple[str, ...]:
@@ -65,9 +68,13 @@ def waiting(app_name: str) -> tuple[str, ...]:
 
 def without_place(denoiser: DenoiserSettings, timeout_s: float) -> tuple[str, ...]:
     """As `waiting`, before there are replicas: reserves a place for each of them, and gives all back."""
-    bundles, strategy = placement_options(denoiser)["placement_group_bundles"], denoiser.placement.upper()
+    options, strategy = placement_options(denoiser), denoiser.placement.upper()
+    bundles, labels = options["placement_group_bundles"], options.get("placement_group_bundle_label_selector")
     give_up_s = time.monotonic() + timeout_s
-    groups = [ray.util.placement_group(bundles, strategy, name=f"{TRIAL}{n}") for n in range(denoiser.replicas)]
+    groups = [
+        ray.util.placement_group(bundles, strategy, name=f"{TRIAL}{n}", bundle_label_selector=labels)
+        for n in range(denoiser.replicas)
+    ]
     try:
         placed = [group.wait(max(0.0, give_up_s - time.monotonic())) for group in groups]
         return () if all(placed) else _waiting(TRIAL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 
 import grpc
 
@@ -22,10 +23,18 @@ class Replicas:
 
     def stub(self, address: str) -> pb_grpc.DenoiserAsyncStub:
         """The internal service at an address (host:port)."""
+        return pb_grpc.DenoiserStub(self._channel(address))
+
+    def answer(self, addresses: Iterable[str]) -> bool:
+        """Whether one of these has a connection; dials those that have none, and does not wait for them."""
+        states = [self._channel(address).get_state(try_to_connect=True) for address in addresses]
+        return grpc.ChannelConnectivity.READY in states
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
         channel = self._channels.get(address)
         if channel is None:
             channel = self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        return pb_grpc.DenoiserStub(channel)
+        return channel
 
     def forget(self, address: str) -> None:
         """Drop a channel; streams on it get a moment to end."""

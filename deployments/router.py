@@ -31,7 +31,7 @@ from cluster.rpc.easel.v1 import (
     jobs_pb2_grpc,
 )
 from cluster.rpc.interceptors import EdgeInterceptor
-from cluster.rpc.options import server_options
+from cluster.rpc.options import connection_age, server_options
 from deployments.charge import Surroundings
 from deployments.cluster_service import ClusterService
 from deployments.generation import GenerationService
@@ -47,6 +47,9 @@ logger = logging.getLogger(__name__)
 PORT_PATIENCE_S = 5.0
 PORT_RETRY_S = 0.1
 LEAVING_S = 3.0
+# The health service that decides whether a router gets calls (k8s/base/rayservice.yaml). It says nothing of Redis: when
+# that is away, all routers would leave their Service at once, and callers would get no answer in place of UNAVAILABLE.
+READINESS = "readiness"
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_name,
     jobs_pb2.DESCRIPTOR.services_by_name["Jobs"].full_name,
@@ -72,6 +75,7 @@ class Router:
         self._store = JobStore.of(redis, state)
         self._doorbell = Doorbell(redis, namespace=state.namespace)
         self._replicas = Replicas()
+        self._takes_jobs: frozenset[str] = frozenset()
         self._supervisor = Supervisor(
             Surroundings(self._store, self._replicas, self._doorbell, name, state.outage_patience_s)
         )
@@ -152,10 +156,12 @@ class Router:
                 return server, bound
 
     def _server_with_services(self) -> grpc.aio.Server:
-        max_bytes = self._settings.router.max_request_bytes
+        router = self._settings.router
+        max_bytes = router.max_request_bytes
+        age = connection_age(router.max_connection_age_s, router.max_connection_age_grace_s)
         server = grpc.aio.server(
             interceptors=(EdgeInterceptor(max_request_bytes=max_bytes),),
-            options=server_options(max_bytes, share_port=True),
+            options=[*server_options(max_bytes, share_port=True), *age],
         )
         generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server)
         jobs = JobService(self._intake, self._store)
@@ -184,13 +190,15 @@ class Router:
             raise
         live = [row for row in view.replicas if row.lease_ms > 0]
         self._replicas.keep_only(frozenset(row.address for row in live))
-        await self._say(serving=any(not row.draining for row in live))
+        self._takes_jobs = frozenset(row.address for row in live if not row.draining)
+        await self._say(serving=bool(self._takes_jobs))
 
     async def _say(self, *, serving: bool) -> None:
+        """Whether a job could run now; and by READINESS, whether a replica answers, with or without Redis."""
         known = health_pb2.HealthCheckResponse
-        status = known.SERVING if serving else known.NOT_SERVING
-        for service in ("", *SERVICES):
-            await self._health.set(service, status)
+        told = dict.fromkeys(("", *SERVICES), serving) | {READINESS: self._replicas.answer(self._takes_jobs)}
+        for service, well in told.items():
+            await self._health.set(service, known.SERVING if well else known.NOT_SERVING)
 
 
 def _served_card(card: ModelCard, settings: Settings) -> ModelCard:

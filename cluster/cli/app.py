@@ -6,6 +6,7 @@ import click
 
 from cluster import __version__
 from cluster.cli.chaos import chaos
+from cluster.cli.config import config
 from cluster.cli.demo import demo
 from cluster.cli.drain import drain
 from cluster.cli.failure import ReportingGroup
@@ -41,5 +42,5 @@ def easel() -> None:
     """See HELP."""
 
 
-for _command in (up, down, status, drain, generate, submit, get, watch, cancel, jobs, demo, chaos):
+for _command in (up, down, status, drain, generate, submit, get, watch, cancel, jobs, config, demo, chaos):
     easel.add_command(_command)
