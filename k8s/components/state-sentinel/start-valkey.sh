@@ -1,0 +1,54 @@
+#!/bin/sh
+# Starts Valkey as the primary or as a replica: as two Sentinels say. They know before it first starts (from their own
+# configuration) and after every failover, so that a primary that comes back too late joins as a replica.
+set -eu
+umask 077
+SELF="$POD_NAME.$STATE_SERVICE"
+
+said_by() {
+    timeout 2 "$CLI" -h "$1" -p "$SENTINEL_PORT" SENTINEL GET-MASTER-ADDR-BY-NAME easel 2>/dev/null | head -n 1
+}
+
+primary() {
+    for sentinel in $SENTINELS; do said_by "$sentinel"; done | sort | uniq -c | awk '$1 >= 2 && NF == 2 {print $2}'
+}
+
+peer_has_data() {
+    for peer in $PEERS; do
+        [ "$peer" = "$SELF" ] && continue
+        keys=$(REDISCLI_AUTH="$SENTINEL_PASSWORD" timeout 2 "$CLI" -h "$peer" -p "$PORT" --user sentinel INFO keyspace) || continue
+        case "$keys" in *keys=*) return 0 ;; esac
+    done
+    return 1
+}
+
+while true; do
+    PRIMARY=$(primary)
+    if [ "$PRIMARY" = "$SELF" ] && [ -z "$(ls "$DATA")" ] && peer_has_data; then
+        # Replicas copy their primary: an empty one would empty them. Away, it is replaced by one of them.
+        echo "the data of this primary is gone, and others have it: waiting to be replaced"
+    elif [ -n "$PRIMARY" ]; then
+        break
+    else
+        echo "waiting until two Sentinels name the primary"
+    fi
+    sleep 2
+done
+
+# The part of the name before the port of a Redis URL, then only what each one needs.
+cat > "$RUN/users.acl" <<USERS
+user default off
+user easel on >$PASSWORD ~{easel}* &{easel}* -@all +@read +@write +@pubsub +@scripting +@connection +@transaction -@dangerous +role
+user replication on >$REPLICATION_PASSWORD -@all +psync +replconf +ping
+user sentinel on >$SENTINEL_PASSWORD allchannels -@all +multi +slaveof +ping +exec +subscribe +config|rewrite +role +publish +info +client|setname +client|kill +script|kill
+USERS
+{
+    cat "$CONFIG/valkey.conf"
+    echo "aclfile $RUN/users.acl"
+    echo "masteruser replication"
+    echo "masterauth $REPLICATION_PASSWORD"
+    echo "replica-announce-ip $SELF"
+    if [ "$PRIMARY" != "$SELF" ]; then echo "replicaof $PRIMARY $PORT"; fi
+} > "$RUN/valkey.conf"
+echo "starting: the primary is $PRIMARY"
+exec "$SERVER" "$RUN/valkey.conf"
