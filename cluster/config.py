@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from cluster.errors import ConfigError
+from cluster.security.settings import SecuritySettings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 # Ray labels of a node -> what they must be there; Ray itself checks the syntax of both.
@@ -25,9 +26,18 @@ class _Frozen(BaseModel):
 
 
 class StateSettings(_Frozen):
-    """Redis, which decides and remembers."""
+    """Redis, which decides and remembers.
+
+    `username` and `password_file` are for a URL without them: the file is read at every connection, so that a password
+    can change. The other files are PEM, for rediss:// and rediss+sentinel://.
+    """
 
     url: str = "redis://127.0.0.1:6379/0"
+    username: str | None = None
+    password_file: str | None = None
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
     namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "easel"
     timeout_s: Annotated[float, Field(gt=0, le=60)] = 2.0
     queue_limit: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
@@ -52,7 +62,7 @@ class StateSettings(_Frozen):
 
 
 class RouterSettings(_Frozen):
-    """The public gRPC server.
+    """The public gRPC server. `health_port` is a plaintext port for the standard health service alone, for probes.
 
     `label_selector` and `max_per_node` say on which nodes routers run, and how many share one. A connection is closed
     `max_connection_age_s` after it was made (0: never), and what still streams on it by then gets
@@ -63,6 +73,9 @@ class RouterSettings(_Frozen):
     port: Port = DEFAULT_PORT
     replicas: Annotated[int, Field(ge=1, le=1000)] = 1
     max_request_bytes: Annotated[int, Field(ge=1024, le=64 * 2**20)] = 4 * 2**20
+    max_connections: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    max_streams_per_connection: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    health_port: Port | None = None
     look_every_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
     drain_timeout_s: Annotated[float, Field(ge=0, le=600)] = 5.0
     num_cpus: Annotated[float, Field(ge=0, le=256)] = 0.1
@@ -125,6 +138,7 @@ class Settings(_Frozen):
     state: StateSettings = StateSettings()
     router: RouterSettings = RouterSettings()
     denoiser: DenoiserSettings = DenoiserSettings()
+    security: SecuritySettings = SecuritySettings()
 
 
 def parse_settings(values: Mapping[str, Any]) -> Settings:
@@ -225,6 +239,13 @@ def state_dir() -> Path:
 def router_address() -> str | None:
     """The router that commands talk to when none is named: $EASEL_ADDRESS, or None."""
     return os.environ.get("EASEL_ADDRESS") or None
+
+
+def credential_environment() -> dict[str, str]:
+    """What commands show a cluster and trust of it, by field of cluster.trust.Credentials: EASEL_API_KEY and the like."""
+    names = ("api_key", "api_key_file", "ca_file", "cert_file", "key_file", "server_name")
+    found = {name: os.environ.get(f"EASEL_{name.upper()}") for name in names}
+    return {name: value for name, value in found.items() if value}
 
 
 def child_environment(**extra: str) -> dict[str, str]:

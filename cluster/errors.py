@@ -61,6 +61,28 @@ class QueueFull(EaselError):
     reason = "QUEUE_FULL"
 
 
+class QuotaExceeded(EaselError):
+    """A tenant has as much as it may have; the message names the limit. Come back after `retry_after_ms`."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    retryable = True
+    reason = "QUOTA_EXCEEDED"
+
+
+class Unauthenticated(EaselError):
+    """The call brings no credential, or one that the cluster does not accept."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(EaselError):
+    """The credential does not allow this; the message names the field or the call."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = "PERMISSION_DENIED"
+
+
 class Unavailable(EaselError):
     """A part of the cluster cannot be reached now."""
 

@@ -8,6 +8,7 @@ import grpc
 
 from cluster.jobs.store import JobStore
 from cluster.rpc import convert
+from cluster.rpc.auth import caller
 from cluster.rpc.easel.v1 import cluster_pb2 as pb
 from cluster.rpc.easel.v1 import cluster_pb2_grpc as pb_grpc
 
@@ -34,15 +35,16 @@ class ClusterService(pb_grpc.ClusterServicer):
         """See cluster.proto."""
         view = await self._store.view()
         live = [row for row in view.replicas if row.lease_ms > 0]
+        admin = caller().admin
         return pb.ClusterStatus(
-            replicas=[convert.replica_to_proto(row) for row in live],
+            replicas=[convert.replica_to_proto(row) for row in live if admin],
             slots=sum(row.slots for row in live),
             active=sum(row.active for row in live),
             queued=view.queued,
             queue_limit=self._queue_limit,
-            routers=view.routers,
+            routers=view.routers if admin else (),
             version=self._version,
-            pending=self._pending(),
+            pending=self._pending() if admin else (),
         )
 
     async def DrainReplica(  # noqa: N802
@@ -51,4 +53,5 @@ class ClusterService(pb_grpc.ClusterServicer):
         context: grpc.aio.ServicerContext[pb.DrainReplicaRequest, pb.DrainReplicaResponse],
     ) -> pb.DrainReplicaResponse:
         """See cluster.proto. The order is in Redis before the answer; the replica hears of it from there."""
+        caller().require_admin("DrainReplica")
         return pb.DrainReplicaResponse(running_jobs=await self._store.drain_replica(request.replica))

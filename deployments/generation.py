@@ -11,6 +11,7 @@ import grpc
 
 from cluster.errors import EaselError
 from cluster.rpc import convert
+from cluster.rpc.auth import caller, retold
 from cluster.rpc.easel.v1 import generation_pb2 as v1
 from cluster.rpc.easel.v1 import generation_pb2_grpc as v1_grpc
 from deployments.intake import Intake, Ticket
@@ -36,11 +37,13 @@ class GenerationService(v1_grpc.GenerationServicer):
         self, request: v1.GenerateRequest, context: GenerateContext
     ) -> v1.GenerateResponse:
         """See generation.proto."""
-        ticket = await self._admitted(request, context.time_remaining(), drafts=False)
+        who = caller()
+        with retold(who):
+            ticket = await self._admitted(request, context.time_remaining(), drafts=False)
         response = v1.GenerateResponse(
-            job_id=ticket.spec.job_id, model=self._intake.card.name, seed=ticket.spec.sampling.seed
+            job_id=who.shown(ticket.spec.job_id), model=self._intake.card.name, seed=ticket.spec.sampling.seed
         )
-        with self._caller(ticket):
+        with retold(who), self._caller(ticket):
             async with aclosing(self._intake.events(ticket.spec.job_id, ticket.feed)) as events:
                 async for event in events:
                     _add(response, event)
@@ -50,10 +53,12 @@ class GenerationService(v1_grpc.GenerationServicer):
         self, request: v1.GenerateRequest, context: StreamContext
     ) -> AsyncIterator[v1.GenerateEvent]:
         """See generation.proto."""
-        ticket = await self._admitted(request, context.time_remaining(), drafts=True)
-        with self._caller(ticket):
+        who = caller()
+        with retold(who):
+            ticket = await self._admitted(request, context.time_remaining(), drafts=True)
+        with retold(who), self._caller(ticket):
             yield convert.accepted_event(
-                ticket.spec.job_id,
+                who.shown(ticket.spec.job_id),
                 len(ticket.spec.prompt_tokens),
                 self._intake.card.name,
                 ticket.spec.sampling.seed,
@@ -70,7 +75,7 @@ class GenerationService(v1_grpc.GenerationServicer):
             await asyncio.wait(self._cancelling, timeout=timeout_s)
 
     async def _admitted(self, request: v1.GenerateRequest, left_s: float | None, *, drafts: bool) -> Ticket:
-        return await self._intake.admit(request, deadline_s=left_s, drafts=drafts, abandoned=self._left)
+        return await self._intake.admit(request, caller(), deadline_s=left_s, drafts=drafts, abandoned=self._left)
 
     @contextmanager
     def _caller(self, ticket: Ticket) -> Iterator[None]:

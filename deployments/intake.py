@@ -17,6 +17,7 @@ from cluster.jobs.store import JobStore
 from cluster.rpc import convert
 from cluster.rpc.easel.v1 import generation_pb2 as v1
 from cluster.rpc.requests import ParsedRequest, parse_generate
+from cluster.security.identity import Identity
 from deployments.charge import Submission
 from deployments.feed import Feed
 from deployments.supervisor import Supervisor, leaving_error
@@ -63,6 +64,7 @@ class Intake:
     async def admit(
         self,
         request: v1.GenerateRequest,
+        who: Identity,
         *,
         deadline_s: float | None,
         drafts: bool,
@@ -71,10 +73,11 @@ class Intake:
         """Check and store a request, and take charge of it if it is new.
 
         `deadline_s` is what is left of the gRPC deadline. A caller that leaves meanwhile does not stop this half-way,
-        for Redis may hold the job already: it is finished, and `abandoned` gets the ticket. Raises InvalidRequest,
-        QueueFull, RequestIdReused or Unavailable; nothing is stored then.
+        for Redis may hold the job already: it is finished, and `abandoned` gets the ticket. The job is `who`'s, and is
+        stored under its ids. Raises InvalidRequest, PermissionDenied, QueueFull, QuotaExceeded, RequestIdReused or
+        Unavailable; nothing is stored then.
         """
-        admitting = asyncio.create_task(self._admit(request, deadline_s, drafts))
+        admitting = asyncio.create_task(self._admit(request, who, deadline_s, drafts))
         self._admitting.add(admitting)
         admitting.add_done_callback(self._admitting.discard)
         try:
@@ -83,10 +86,15 @@ class Intake:
             admitting.add_done_callback(lambda done: _hand_over(done, abandoned))
             raise
 
-    async def _admit(self, request: v1.GenerateRequest, deadline_s: float | None, drafts: bool) -> Ticket:
+    async def _admit(
+        self, request: v1.GenerateRequest, who: Identity, deadline_s: float | None, drafts: bool
+    ) -> Ticket:
+        # Before the digest is made of it: naming one's own tenant is no other request.
+        request.tenant = who.tenant_of(request.tenant)
         parsed = await self._parsed(request, deadline_s)
-        wanted = replace(parsed.spec, wants_drafts=drafts and parsed.spec.wants_drafts)
-        parsed = replace(parsed, spec=wanted)
+        job_id = who.stored(parsed.job_id)
+        wanted = replace(parsed.spec, job_id=job_id, wants_drafts=drafts and parsed.spec.wants_drafts)
+        parsed = replace(parsed, job_id=job_id, spec=wanted)
         created, placement = await self._store.submit(self._new_job(parsed))
         if not created:
             record = await self._store.get(parsed.job_id)

@@ -13,11 +13,13 @@ from cluster.jobs.records import JobAttempt, JobRecord
 from cluster.jobs.states import JobState
 from cluster.jobs.store import JobStore
 from cluster.rpc import convert
+from cluster.rpc.auth import caller, retold
 from cluster.rpc.easel.internal.v1 import denoiser_pb2
 from cluster.rpc.easel.v1 import generation_pb2 as v1
 from cluster.rpc.easel.v1 import jobs_pb2 as jobs
 from cluster.rpc.easel.v1 import jobs_pb2_grpc as jobs_grpc
 from cluster.rpc.requests import check_from_canvas, check_job_id, check_within_job, parse_list, under
+from cluster.security.identity import Identity
 from deployments.intake import Intake
 from deployments.watch import stored_canvases
 
@@ -33,19 +35,21 @@ class JobService(jobs_grpc.JobsServicer):
         self, request: jobs.SubmitRequest, context: grpc.aio.ServicerContext[jobs.SubmitRequest, jobs.Job]
     ) -> jobs.Job:
         """See jobs.proto. The call's own deadline bounds the call, not the job."""
-        with under("request"):
-            ticket = await self._intake.admit(request.request, deadline_s=None, drafts=True)
-        if ticket.feed is not None:
-            ticket.feed.attached += 1  # for good: a caller of Generate that joins and leaves must not end it
-        return _job(await self._store.get(ticket.spec.job_id))
+        who = caller()
+        with retold(who):
+            with under("request"):
+                ticket = await self._intake.admit(request.request, who, deadline_s=None, drafts=True)
+            if ticket.feed is not None:
+                ticket.feed.attached += 1  # for good: a caller of Generate that joins and leaves must not end it
+            return _job(who, await self._store.get(ticket.spec.job_id))
 
     async def Get(  # noqa: N802
         self, request: jobs.GetJobRequest, context: grpc.aio.ServicerContext[jobs.GetJobRequest, jobs.Job]
     ) -> jobs.Job:
         """See jobs.proto."""
-        check_job_id(request.job_id)
-        record = await self._store.get(request.job_id)
-        return _job(record, await stored_canvases(self._store, request.job_id))
+        who, job_id = _named(request.job_id)
+        with retold(who):
+            return _job(who, await self._store.get(job_id), await stored_canvases(self._store, job_id))
 
     async def Watch(  # noqa: N802
         self,
@@ -53,17 +57,18 @@ class JobService(jobs_grpc.JobsServicer):
         context: grpc.aio.ServicerContext[jobs.WatchJobRequest, v1.GenerateEvent],
     ) -> AsyncIterator[v1.GenerateEvent]:
         """See jobs.proto."""
-        check_job_id(request.job_id)
+        who, job_id = _named(request.job_id)
         check_from_canvas(request.from_canvas)
-        record = await self._store.get(request.job_id)
-        self._check_offset(record, request.from_canvas)
-        yield convert.accepted_event(
-            record.job_id, record.prompt_tokens, self._intake.card.name, record.seed, joined=True
-        )
-        events = self._intake.events(request.job_id, from_canvas=request.from_canvas, drafts=request.drafts)
-        async with aclosing(events):
-            async for event in events:
-                yield event
+        with retold(who):
+            record = await self._store.get(job_id)
+            self._check_offset(record, request.from_canvas)
+            yield convert.accepted_event(
+                who.shown(job_id), record.prompt_tokens, self._intake.card.name, record.seed, joined=True
+            )
+            events = self._intake.events(job_id, from_canvas=request.from_canvas, drafts=request.drafts)
+            async with aclosing(events):
+                async for event in events:
+                    yield event
 
     async def Cancel(  # noqa: N802
         self,
@@ -71,11 +76,12 @@ class JobService(jobs_grpc.JobsServicer):
         context: grpc.aio.ServicerContext[jobs.CancelJobRequest, jobs.Job],
     ) -> jobs.Job:
         """See jobs.proto."""
-        check_job_id(request.job_id)
-        record = await self._store.cancel(request.job_id)
-        if record.state is not JobState.CANCELLED:
-            raise TransitionError(f"job {record.job_id} cannot be cancelled: it has {record.state} already")
-        return _job(record)
+        who, job_id = _named(request.job_id)
+        with retold(who):
+            record = await self._store.cancel(job_id)
+            if record.state is not JobState.CANCELLED:
+                raise TransitionError(f"job {job_id} cannot be cancelled: it has {record.state} already")
+        return _job(who, record)
 
     async def List(  # noqa: N802
         self,
@@ -85,8 +91,11 @@ class JobService(jobs_grpc.JobsServicer):
         """See jobs.proto."""
         query = parse_list(request)
         state = None if query.state is None else JobState(query.state)
-        page = await self._store.list(page_size=query.page_size, page_token=query.page_token, state=state)
-        return jobs.ListJobsResponse(jobs=[_job(record) for record in page.jobs], next_page_token=page.next_token)
+        who = caller()
+        page = await self._store.list(
+            page_size=query.page_size, page_token=query.page_token, state=state, tenant=who.index
+        )
+        return jobs.ListJobsResponse(jobs=[_job(who, record) for record in page.jobs], next_page_token=page.next_token)
 
     def _check_offset(self, record: JobRecord, from_canvas: int) -> None:
         """Raises InvalidRequest for an offset that the job will never reach: its reader would wait for nothing."""
@@ -97,20 +106,26 @@ class JobService(jobs_grpc.JobsServicer):
         check_within_job(from_canvas, canvases, ended=record.state.terminal)
 
 
-def _attempt(attempt: JobAttempt) -> jobs.JobAttempt:
+def _named(job_id: str) -> tuple[Identity, str]:
+    """Who asks, and the id under which the job is stored that they name. Another tenant's is out of reach."""
+    who = caller()
+    return who, who.stored(check_job_id(job_id))
+
+
+def _attempt(who: Identity, attempt: JobAttempt) -> jobs.JobAttempt:
     return jobs.JobAttempt(
         replica=attempt.replica,
         reason=attempt.reason,
-        message=attempt.message,
+        message=who.retold(attempt.message),
         started_at=convert.timestamp_to_proto(attempt.started_ms),
         ended_at=convert.timestamp_to_proto(attempt.ended_ms),
         epoch=attempt.epoch,
     )
 
 
-def _job(record: JobRecord, canvases: list[Canvas] | None = None) -> jobs.Job:
+def _job(who: Identity, record: JobRecord, canvases: list[Canvas] | None = None) -> jobs.Job:
     job = jobs.Job(
-        job_id=record.job_id,
+        job_id=who.shown(record.job_id),
         state=convert.job_state_to_proto(record.state.value),
         priority=convert.priority_to_proto(record.priority),
         tenant=record.tenant,
@@ -119,12 +134,13 @@ def _job(record: JobRecord, canvases: list[Canvas] | None = None) -> jobs.Job:
         replica=record.replica,
         seed=record.seed,
         created_at=convert.timestamp_to_proto(record.created_ms),
-        history=[_attempt(attempt) for attempt in record.history],
+        history=[_attempt(who, attempt) for attempt in record.history],
         losses=record.losses,
     )
     if record.failure is not None:
         failure = record.failure
-        job.error.CopyFrom(jobs.JobError(code=failure.code, reason=failure.reason, message=failure.message))
+        said = who.retold(failure.message)
+        job.error.CopyFrom(jobs.JobError(code=failure.code, reason=failure.reason, message=said))
     if record.finished_ms is not None:
         job.finished_at.CopyFrom(convert.timestamp_to_proto(record.finished_ms))
     if record.deadline_ms is not None:

@@ -35,7 +35,7 @@ from ray import serve
 from cluster.config import Settings, StateSettings, parse_settings
 from cluster.embedded import RAY_DIR_PREFIX, START_TIMEOUT_S, LocalCluster, record, record_path
 from cluster.errors import ConfigError, EaselError, StartupError, Unavailable
-from cluster.jobs.connection import connect, without_password
+from cluster.jobs.connection import connect_to, without_password
 from cluster.jobs.store import JobStore
 from cluster.redis_keeper import keep_running
 from cluster.redis_server import RedisServer
@@ -163,7 +163,7 @@ async def _reach_redis(state: StateSettings) -> None:
     """Raises StartupError for a Redis that cannot be reached, ConfigError for one that these settings do not open."""
     where = f"state.url: Redis at {without_password(state.url)}"
     try:
-        store = JobStore(connect(state.url, timeout_s=state.timeout_s), namespace=state.namespace)
+        store = JobStore(connect_to(state), namespace=state.namespace)
         try:
             await store.ping()
         finally:
@@ -278,7 +278,8 @@ def _say_progress(reports: Reports, said: str) -> str:
 
 def _until_serving(settings: Settings, stop: threading.Event) -> None:
     """Wait for the health service: a router serves once a replica has registered."""
-    target = f"{settings.router.host}:{settings.router.port}"
+    port = settings.router.port if settings.router.health_port is None else settings.router.health_port
+    target = f"{settings.router.host}:{port}"
     give_up_s = time.monotonic() + START_TIMEOUT_S
     with grpc.insecure_channel(target) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)  # ships no type information for its methods

@@ -10,7 +10,7 @@ import grpc
 
 from cluster.config import Settings
 from cluster.errors import EaselError, StartupError, Unavailable
-from cluster.jobs.connection import connect
+from cluster.jobs.connection import connect_to
 from cluster.jobs.doorbell import Doorbell
 from cluster.jobs.records import AssignedJob
 from cluster.jobs.store import JobStore
@@ -18,6 +18,7 @@ from cluster.rpc.easel.internal.v1 import denoiser_pb2_grpc as pb_grpc
 from cluster.rpc.interceptors import EdgeInterceptor
 from cluster.rpc.options import server_options
 from deployments.denoiser import Denoiser
+from deployments.door import bind_internal
 from deployments.engine.api import Engine
 from deployments.heartbeat import Heartbeat
 from deployments.membership import Membership
@@ -45,7 +46,7 @@ class Replica:
         advertised_host: str,
     ) -> None:
         state = settings.state
-        redis = connect(state.url, timeout_s=state.timeout_s)
+        redis = connect_to(state)
         self._settings = settings
         self._name = name
         self._advertised_host = advertised_host
@@ -70,7 +71,7 @@ class Replica:
         pb_grpc.add_DenoiserServicer_to_server(self._denoiser, self._server)
         host = self._settings.denoiser.host
         try:
-            port = self._server.add_insecure_port(f"{host}:0")
+            port = bind_internal(self._server, f"{host}:0", self._settings)
         except RuntimeError as error:
             raise StartupError(f"denoiser.host: no port can be bound on {host}") from error
         await self._server.start()

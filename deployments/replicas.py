@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import grpc
 
 from cluster.rpc.easel.internal.v1 import denoiser_pb2_grpc as pb_grpc
 from cluster.rpc.options import channel_options
+from cluster.security.tls import PeerTls, Pem, channel_credentials
 
 # A job is retried by its state, never by its transport.
 CHANNEL_OPTIONS = (*channel_options(), ("grpc.enable_retries", 0))
 
 
-class Replicas:
-    """Owns the channels. A replica that left is forgotten, so that its port may be another's."""
+class _Link(NamedTuple):
+    """A channel, and what it was opened with."""
 
-    def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
+    channel: grpc.aio.Channel
+    pem: Pem | None
+
+
+class Replicas:
+    """Owns the channels. A replica that left is forgotten, so that its port may be another's.
+
+    With `tls` they are of mutual TLS. When its certificate has changed, new calls open a new channel; the older one
+    stays for the streams on it until its replica leaves.
+    """
+
+    def __init__(self, tls: PeerTls | None = None) -> None:
+        self._tls = tls
+        self._links: dict[str, list[_Link]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     def stub(self, address: str) -> pb_grpc.DenoiserAsyncStub:
@@ -31,27 +45,33 @@ class Replicas:
         return grpc.ChannelConnectivity.READY in states
 
     def _channel(self, address: str) -> grpc.aio.Channel:
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        return channel
+        links = self._links.setdefault(address, [])
+        pem = None if self._tls is None else self._tls.current()
+        if not links or links[-1].pem is not pem:
+            links.append(_Link(self._open(address, pem), pem))
+        return links[-1].channel
+
+    def _open(self, address: str, pem: Pem | None) -> grpc.aio.Channel:
+        if self._tls is None or pem is None:
+            return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        options = (*CHANNEL_OPTIONS, *self._tls.options)
+        return grpc.aio.secure_channel(address, channel_credentials(pem), options=options)
 
     def forget(self, address: str) -> None:
-        """Drop a channel; streams on it get a moment to end."""
-        channel = self._channels.pop(address, None)
-        if channel is not None:
-            task = asyncio.create_task(channel.close(grace=1.0))
+        """Drop the channels to an address; streams on them get a moment to end."""
+        for link in self._links.pop(address, []):
+            task = asyncio.create_task(link.channel.close(grace=1.0))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
     def keep_only(self, addresses: frozenset[str]) -> None:
         """Forget every replica whose lease is gone."""
-        for address in set(self._channels) - addresses:
+        for address in set(self._links) - addresses:
             self.forget(address)
 
     async def close(self) -> None:
         """Close every channel."""
-        for address in list(self._channels):
+        for address in list(self._links):
             self.forget(address)
         if self._closing:
             await asyncio.wait(self._closing, timeout=2.0)

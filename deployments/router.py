@@ -19,8 +19,9 @@ from cluster.checkpoint import read_checkpoint
 from cluster.config import Settings
 from cluster.core import ModelCard
 from cluster.errors import EaselError, StartupError
-from cluster.jobs.connection import connect
+from cluster.jobs.connection import connect_to
 from cluster.jobs.doorbell import Doorbell
+from cluster.jobs.quotas import quota_rows
 from cluster.jobs.store import JobStore
 from cluster.rpc.easel.v1 import (
     cluster_pb2,
@@ -30,10 +31,9 @@ from cluster.rpc.easel.v1 import (
     jobs_pb2,
     jobs_pb2_grpc,
 )
-from cluster.rpc.interceptors import EdgeInterceptor
-from cluster.rpc.options import connection_age, server_options
 from deployments.charge import Surroundings
 from deployments.cluster_service import ClusterService
+from deployments.door import Door, internal_tls
 from deployments.generation import GenerationService
 from deployments.heartbeat import Heartbeat
 from deployments.intake import Intake
@@ -63,18 +63,19 @@ class Router:
     def __init__(self, settings: Settings, *, name: str, pending: Callable[[], Sequence[str]] = tuple) -> None:
         """Read the checkpoint's card and tokenizer; `pending` tells which replicas have no place, a line each.
 
-        Raises CheckpointError.
+        Raises CheckpointError, or ConfigError for files of section `security` that cannot be used.
         """
         self._settings = settings
+        self._door = Door(settings)
         self._pending = pending
         self._name = name
         folder = Path(settings.checkpoint)
         card = _served_card(read_checkpoint(folder).card, settings)
         state, router = settings.state, settings.router
-        redis = connect(state.url, timeout_s=state.timeout_s)
+        redis = connect_to(state)
         self._store = JobStore.of(redis, state)
         self._doorbell = Doorbell(redis, namespace=state.namespace)
-        self._replicas = Replicas()
+        self._replicas = Replicas(internal_tls(settings))
         self._takes_jobs: frozenset[str] = frozenset()
         self._supervisor = Supervisor(
             Surroundings(self._store, self._replicas, self._doorbell, name, state.outage_patience_s)
@@ -93,16 +94,19 @@ class Router:
         self._health = health_aio.HealthServicer()
         self._heartbeat = Heartbeat(self._beat, every_s=state.heartbeat_ms / 1000, name=f"{name}: lease")
         self._server: grpc.aio.Server | None = None
+        self._probes: grpc.aio.Server | None = None
         self._closing: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
         """Register in Redis and serve; returns the port. Raises StartupError, ConfigError or Unavailable."""
         await self._store.ping()
+        await self._store.set_quotas(quota_rows(self._settings.security.quotas))
         self._doorbell.on_ring(self._supervisor.ring)
         await self._doorbell.start(self._name)
         await self._heartbeat.start()
         await self._look.start()
         self._server, port = await self._listen()
+        self._probes = await self._door.open_for_probes(self._health)
         logger.info("router %s serves on %s:%d", self._name, self._settings.router.host, port)
         return port
 
@@ -125,6 +129,8 @@ class Router:
             await stopping
         else:
             await self._supervisor.drain(0)
+        if self._probes is not None:
+            await self._probes.stop(0)
         await self._generation.close(1.0)
         await self._look.close()
         await self._heartbeat.close()
@@ -144,7 +150,7 @@ class Router:
         while True:
             server = self._server_with_services()
             try:
-                bound = server.add_insecure_port(f"{host}:{port}")
+                bound = self._door.bind(server, f"{host}:{port}")
                 await server.start()
             except RuntimeError as error:
                 await server.stop(None)
@@ -156,13 +162,7 @@ class Router:
                 return server, bound
 
     def _server_with_services(self) -> grpc.aio.Server:
-        router = self._settings.router
-        max_bytes = router.max_request_bytes
-        age = connection_age(router.max_connection_age_s, router.max_connection_age_grace_s)
-        server = grpc.aio.server(
-            interceptors=(EdgeInterceptor(max_request_bytes=max_bytes),),
-            options=[*server_options(max_bytes, share_port=True), *age],
-        )
+        server = self._door.server()
         generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server)
         jobs = JobService(self._intake, self._store)
         jobs_pb2_grpc.add_JobsServicer_to_server(jobs, server)

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from redis import exceptions
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
 
+from cluster.config import StateSettings
 from cluster.errors import ConfigError, Unavailable
-from cluster.jobs import sentinel
+from cluster.jobs import secrets, sentinel
 
 # Redis is there but cannot serve: it is full, a read-only replica after a failover, or has lost its primary.
 _CANNOT_SERVE = (exceptions.OutOfMemoryError, exceptions.ReadOnlyError, exceptions.ClusterDownError, sentinel.NoMaster)
@@ -24,7 +25,12 @@ _MAX_CONNECTIONS = 64
 _ALLOWED = f"allowed are redis://[user:password@]host:port/db, rediss://..., unix://path and {sentinel.ALLOWED}"
 
 
-def connect(url: str, *, timeout_s: float = 2.0) -> Redis:
+def connect_to(state: StateSettings) -> Redis:
+    """A client as the settings say; see `connect`. Raises ConfigError, also for files that cannot be used."""
+    return connect(state.url, timeout_s=state.timeout_s, **secrets.options_of(state))
+
+
+def connect(url: str, *, timeout_s: float = 2.0, **options: Any) -> Redis:  # noqa: ANN401 - what redis-py takes
     """A client for `url` in which every connect, read and write is bounded by `timeout_s`; opens nothing yet.
 
     A connection that was lost is tried once more at once (Redis may have restarted); a timeout is not tried
@@ -39,8 +45,9 @@ def connect(url: str, *, timeout_s: float = 2.0) -> Redis:
         "socket_connect_timeout": timeout_s,
         "retry": Retry(ConstantBackoff(0.02), 1, supported_errors=(exceptions.ConnectionError,)),
         "protocol": 2,
+        **options,
     }
-    make_pool = sentinel.master_pool if sentinel.is_sentinel_url(url) else BlockingConnectionPool.from_url
+    make_pool = sentinel.master_pool if sentinel.is_sentinel_url(url) else secrets.pool
     try:
         pool = make_pool(url, **bounds)
         # An option that redis-py does not know would else come out with the first command.

@@ -4,6 +4,7 @@
     {ns}:replicas            ZSET    replica -> end of its lease, ms
     {ns}:routers             ZSET    router -> end of its lease, ms
     {ns}:jobs                ZSET    job -> arrival sequence: the index that `list` pages through
+    {ns}:jobs:<tenant>       ZSET    the same for the jobs whose ids begin with "<tenant>/": its own
     {ns}:expiring            ZSET    ended job -> when its record is gone, ms
     {ns}:seq                 INT     counter of arrivals and of assignments
     {ns}:job:<job>           HASH    the record
@@ -13,6 +14,12 @@
     {ns}:marked              SET     running jobs that were told to give way
     {ns}:apart               HASH    running job whose next loss would be its last -> replica
     {ns}:pulse               HASH    heard_ms, grace_ms: whether leases can be believed
+    {ns}:quotas              HASH    tenant, or "" for all others -> its limits, as lua/lib/quota.lua reads them
+    {ns}:held                ZSET    waiting job that its tenant's quota keeps out of the queue -> its deadline, ms
+    {ns}:held_of:<tenant>    ZSET    score 0, members of the queue's form: the same, in order
+    {ns}:admitted:<tenant>   ZSET    score 0: the tenant's members in the queue
+    {ns}:running_of:<tenant> SET     its running jobs; these three are kept for jobs that count against a quota
+    {ns}:bucket:<tenant>     HASH    tokens, at_ms: requests a second
     {ns}:schema              STRING  version of these names and of what is behind them
     {ns}:checkpoint:<job>    HASH    version, canvas_index, step, payload: the canvas in progress
     {ns}:owned:<router>      SET     jobs that have not ended and that this router has charge of

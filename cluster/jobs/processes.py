@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import cast
 
 from cluster.jobs.caller import Caller
@@ -66,6 +67,11 @@ class Processes(Caller):
     async def leave_router(self, router: str) -> None:
         """Give a router's lease back; the others adopt what it had charge of."""
         await self._run(self._call("leave_router", args=(checked_id("router", router),)))
+
+    async def set_quotas(self, rows: Mapping[str, str]) -> None:
+        """Replace the limits of all tenants by these (cluster.jobs.quotas); jobs that they let in are placed."""
+        flat = tuple(word for row in rows.items() for word in row)
+        await self._run(self._call("quotas", args=flat))
 
     async def view(self) -> ClusterView:
         """Replicas, routers and the queue at one moment."""

@@ -8,6 +8,7 @@ from cluster.errors import (
     EaselError,
     JobNotFound,
     QueueFull,
+    QuotaExceeded,
     ReplicaNotFound,
     RequestIdReused,
     StaleEpoch,
@@ -34,6 +35,8 @@ def refusal(error: ResponseError, job_id: str, tried: str, *, retry_after_ms: in
             known = RequestIdReused(f"request id {job_id} belongs to a job with another body; use a new id")
         case "REPLICA_NOT_FOUND":
             known = ReplicaNotFound(f"no replica {tried}: see `easel status` for those that are there")
+        case "QUOTA_EXCEEDED":
+            known = _over_quota(state, epoch, int(next_index) or retry_after_ms)
         case "QUEUE_FULL":
             known = _queue_full(retry_after_ms)
         case _:
@@ -44,6 +47,12 @@ def refusal(error: ResponseError, job_id: str, tried: str, *, retry_after_ms: in
 def not_found(job_id: str) -> JobNotFound:
     """No such job, or no longer."""
     return JobNotFound(f"no job {job_id}: it was never submitted, or its record has expired")
+
+
+def _over_quota(name: str, limit: str, retry_after_ms: int) -> QuotaExceeded:
+    what = {"queued_jobs": "jobs waiting", "requests_per_s": "requests a second"}[name]
+    message = f"the tenant has its {limit} {what} (security.quotas: {name}); come back in {retry_after_ms} ms"
+    return QuotaExceeded(message, retry_after_ms=retry_after_ms)
 
 
 def _queue_full(retry_after_ms: int) -> QueueFull:

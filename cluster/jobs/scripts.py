@@ -38,6 +38,7 @@ NAMES = (
     "heartbeat_router",
     "list",
     "view",
+    "quotas",
 )
 _INCLUDE = re.compile(r"^--@include (\S+)$", re.MULTILINE)
 

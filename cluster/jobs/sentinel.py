@@ -23,10 +23,12 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from redis import exceptions
-from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection
+from redis.asyncio import BlockingConnectionPool, Connection, Redis
 from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+
+from cluster.jobs.secrets import FreshTlsConnection
 
 Address = tuple[str, int]
 
@@ -171,7 +173,7 @@ class MasterConnection(Connection):
             raise exceptions.ConnectionError(f"{self.host}:{self.port} takes no writes: {error}") from error
 
 
-class TlsMasterConnection(MasterConnection, SSLConnection):
+class TlsMasterConnection(MasterConnection, FreshTlsConnection):
     """The same over TLS."""
 
 
@@ -214,7 +216,7 @@ def master_pool(url: str, *, timeout: float, **options: Any) -> MasterPool:  # n
     scheme = _SCHEMES[parts.scheme]
     # redis-py reads what a URL of one node has as well: credentials and options.
     given: dict[str, Any] = dict(parse_url(f"{scheme}://{credentials}{at}host/{database}?{parts.query}"))
-    tls = {name: value for name, value in given.items() if name.startswith("ssl_")}
+    tls = {name: value for name, value in {**options, **given}.items() if name.startswith("ssl_")}
     own = {name: given.pop(f"sentinel_{name}", None) for name in ("username", "password")}
     sentinels = Sentinels(service, _addresses(hosts), timeout_s=timeout, ssl=scheme == "rediss", **own, **tls)
     kind = TlsMasterConnection if scheme == "rediss" else MasterConnection

@@ -191,15 +191,19 @@ class JobStore(Processes):
         return [fields[b"c"] for _, fields in cast("list[tuple[bytes, dict[bytes, bytes]]]", entries)]
 
     # Last in the class: behind it `list` means this method.
-    async def list(self, *, page_size: int, page_token: str = "", state: JobState | None = None) -> JobPage:
+    async def list(
+        self, *, page_size: int, page_token: str = "", state: JobState | None = None, tenant: str = ""
+    ) -> JobPage:
         """One page of jobs, newest first, without their specs and histories.
+
+        Those that were stored under a tenant's own ids (cluster.security.identity) are listed for it alone.
 
         A filtered page that looked at 16,000 jobs comes back short. Raises InvalidRequest for a page_size
         outside [1, 1000] or a page_token that no page ended with.
         """
         jobs: tuple[JobRecord, ...] = ()
         room, cursor = checked_page_size(page_size), cursor_of(page_token)
-        wanted = ("" if state is None else state.value, *LISTED_FIELDS)
+        wanted = ("" if state is None else state.value, tenant, *LISTED_FIELDS)
         for _ in range(_LIST_CALLS):
             where = (cursor, room - len(jobs), _SCANNED_PER_CALL)
             reply = await self._run(Call("list", self._fixed, (*where, *wanted)))

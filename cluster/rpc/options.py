@@ -25,6 +25,14 @@ def connection_age(age_s: int, grace_s: int) -> Options:
     return [("grpc.max_connection_age_ms", 1000 * age_s), ("grpc.max_connection_age_grace_ms", 1000 * grace_s)]
 
 
+def limit_options(max_connections: int, max_streams_per_connection: int) -> Options:
+    """How many callers a server takes: a connection too many is closed, a stream too many waits in its client."""
+    return [
+        ("grpc.max_allowed_incoming_connections", max_connections),
+        ("grpc.max_concurrent_streams", max_streams_per_connection),
+    ]
+
+
 def server_options(max_request_bytes: int, share_port: bool = False) -> Options:
     """Settings of an Easel server; `max_request_bytes` is the limit that its EdgeInterceptor enforces.
 

@@ -8,6 +8,7 @@
 --@include names.lua
 --@include policy.lua
 --@include clock.lua
+--@include quota.lua
 --@include queue.lua
 --@include slot.lua
 --@include close.lua
@@ -31,14 +32,20 @@ for _ = 1, limit do
   end
 end
 
+-- Jobs that their tenant's quota holds stand in no level; they are found by their deadlines.
+for _, job_id in ipairs(redis.call('ZRANGEBYSCORE', HELD, '-inf', now_ms, 'LIMIT', 0, limit)) do
+  expire_waiting(redis.call('HGET', job_key(job_id), 'member'), now_ms)
+end
+
 -- One level for every AGING_MS of waiting, up to one above the most urgent priority (cluster/policy/ordering.py).
 for _, job_id in ipairs(redis.call('ZRANGEBYSCORE', WAITING, '-inf', now_ms - AGING_MS, 'LIMIT', 0, limit)) do
-  local before = redis.call('HGET', job_key(job_id), 'member')
+  local job = redis.call('HMGET', job_key(job_id), 'member', 'counted', 'tenant')
+  local before, counted = job[1], job[2] and job[3]
   local rank = tonumber(string.sub(before, 1, 1))
-  dequeue(job_id, before)
+  dequeue(job_id, before, counted)
   if rank > 4 then before = (rank - 1) .. string.sub(before, 2) end
   redis.call('HSET', job_key(job_id), 'member', before)
-  enqueue(job_id, before, now_ms)
+  enqueue(job_id, before, now_ms, counted)
 end
 
 local reply = {place(now_ms, limit)}

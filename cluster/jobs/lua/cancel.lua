@@ -8,6 +8,7 @@
 --@include policy.lua
 --@include clock.lua
 --@include fence.lua
+--@include quota.lua
 --@include queue.lua
 --@include slot.lua
 --@include close.lua

@@ -8,6 +8,7 @@
 --@include names.lua
 --@include policy.lua
 --@include clock.lua
+--@include quota.lua
 --@include queue.lua
 --@include slot.lua
 --@include close.lua

@@ -6,6 +6,7 @@
 --@include names.lua
 --@include policy.lua
 --@include clock.lua
+--@include quota.lua
 --@include queue.lua
 --@include slot.lua
 --@include close.lua

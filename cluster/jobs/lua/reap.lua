@@ -9,6 +9,7 @@
 --@include policy.lua
 --@include clock.lua
 --@include fence.lua
+--@include quota.lua
 --@include queue.lua
 --@include slot.lua
 --@include close.lua

@@ -4,12 +4,15 @@
 --        9 timeout in ms or '', 10 router, 11 queue limit in jobs.
 -- From   nothing. A job with this id and digest is left as it is.
 -- Return 1 when the job was created, 0 when it was there.
--- Errors REQUEST_ID_REUSED (the id has another digest), QUEUE_FULL.
+-- Errors REQUEST_ID_REUSED (the id has another digest), QUEUE_FULL, QUOTA_EXCEEDED <which> <limit> <ms to come back in,
+--        0 where nobody knows>. A job that was there spends nothing of its tenant's quota.
 --@include names.lua
 --@include policy.lua
 --@include clock.lua
+--@include quota.lua
 --@include queue.lua
 --@include own.lua
+--@include bucket.lua
 
 local job_id, router = ARGV[2], ARGV[10]
 local digest = redis.call('HGET', KEYS[13], 'digest')
@@ -17,11 +20,22 @@ if digest then
   if digest == ARGV[3] then return 0 end
   return redis.error_reply('REQUEST_ID_REUSED none 0')
 end
-if redis.call('ZCARD', QUEUE) >= tonumber(ARGV[11]) then
+if redis.call('ZCARD', QUEUE) + redis.call('ZCARD', HELD) >= tonumber(ARGV[11]) then
   return redis.error_reply('QUEUE_FULL none 0')
 end
 
-local now_ms = clock_ms()
+local now_ms, tenant, counted = clock_ms(), ARGV[6], nil
+local quota = quota_of(tenant)
+if quota then
+  if quota.queued and waiting_of(tenant) >= quota.queued then
+    return redis.error_reply('QUOTA_EXCEEDED queued_jobs ' .. quota.queued .. ' 0')
+  end
+  local wait_ms = quota.per_s and take_token(tenant, quota, now_ms)
+  if wait_ms then
+    return redis.error_reply(string.format('QUOTA_EXCEEDED requests_per_s %.14g %d', quota.per_s, wait_ms))
+  end
+  if quota.running or quota.queued then counted = tenant end
+end
 local deadline_ms = ''
 if ARGV[9] ~= '' then deadline_ms = now_ms + tonumber(ARGV[9]) end
 local sequence = redis.call('INCR', SEQ)
@@ -32,7 +46,8 @@ redis.call('HSET', KEYS[13],
   'epoch', 0, 'attempts', 0, 'preemptions', 0, 'losses', 0, 'history', '',
   'canvases', 0, 'generated_tokens', 0, 'denoising_steps', 0,
   'created_ms', now_ms, 'started_ms', '', 'finished_ms', '', 'deadline_ms', deadline_ms)
-enqueue(job_id, member, now_ms)
+if counted then redis.call('HSET', KEYS[13], 'counted', 1) end
+enqueue(job_id, member, now_ms, counted)
 take_charge(job_id, router, now_ms)
-redis.call('ZADD', JOBS, sequence, job_id)
+redis.call('ZADD', index_key(job_id), sequence, job_id)
 return 1

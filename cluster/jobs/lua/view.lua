@@ -6,6 +6,7 @@
 --        version, slots, stats as JSON, 1 when it drains or else ''}, ...}}.
 --@include names.lua
 --@include clock.lua
+--@include quota.lua
 
 local now_ms = clock_ms()
 local rows = {}
@@ -18,4 +19,4 @@ for i = 1, #leases, 2 do
       redis.call('HLEN', running_key(replica)), row[1], row[2], row[3], row[4], row[5], row[6] or ''}
   end
 end
-return {redis.call('ZCARD', QUEUE), redis.call('ZRANGEBYSCORE', ROUTERS, '(' .. now_ms, '+inf'), rows}
+return {redis.call('ZCARD', QUEUE) + redis.call('ZCARD', HELD), redis.call('ZRANGEBYSCORE', ROUTERS, '(' .. now_ms, '+inf'), rows}

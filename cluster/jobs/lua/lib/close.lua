@@ -1,4 +1,4 @@
--- The end of a job. Needs names.lua, policy.lua and slot.lua.
+-- The end of a job. Needs names.lua, policy.lua, quota.lua and slot.lua.
 
 -- Index entries of records that have expired; a few per ended job keep up with any load. Within a script the time
 -- of expiry stands still, behind the clock: hence the margin.
@@ -6,7 +6,7 @@ local function forget_expired(now_ms)
   local gone = redis.call('ZRANGEBYSCORE', EXPIRING, '-inf', now_ms - 100, 'LIMIT', 0, 8)
   for _, job_id in ipairs(gone) do
     redis.call('ZREM', EXPIRING, job_id)
-    if redis.call('EXISTS', job_key(job_id)) == 0 then redis.call('ZREM', JOBS, job_id) end
+    if redis.call('EXISTS', job_key(job_id)) == 0 then redis.call('ZREM', index_key(job_id), job_id) end
   end
 end
 
@@ -15,13 +15,18 @@ end
 -- Invariant: a terminal job is in no queue, holds no slot and no checkpoint, has no owner, and has a time to live.
 local function close_job(job_id, state, fields, now_ms)
   local key = job_key(job_id)
-  local row = redis.call('HMGET', key, 'replica', 'member', 'victim', 'router')
+  local row = redis.call('HMGET', key, 'replica', 'member', 'victim', 'router', 'counted', 'tenant')
   redis.call('HSET', key, 'state', state, 'finished_ms', now_ms, unpack(fields))
   redis.call('ZREM', QUEUE, row[2])
   redis.call('ZREM', WAITING, job_id)
   redis.call('SREM', owned_key(row[4]), job_id)
   redis.call('DEL', checkpoint_key(job_id))
   if row[1] ~= '' then leave_slot(job_id, row[1], row[3]) end
+  if row[5] then
+    redis.call('SREM', running_of_key(row[6]), job_id)
+    step_out(row[6], row[2])
+    balance(row[6])
+  end
   local gone_ms = now_ms + RETENTION_S * 1000
   redis.call('PEXPIREAT', key, gone_ms)
   redis.call('PEXPIREAT', canvases_key(job_id), gone_ms)

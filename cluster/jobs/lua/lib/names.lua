@@ -12,6 +12,14 @@ local function running_key(replica) return BASE .. ':running:' .. replica end
 local function fresh_key(replica) return BASE .. ':fresh:' .. replica end
 local function owned_key(router) return BASE .. ':owned:' .. router end
 
+-- The index that a job is listed in. With credentials a job's id begins with its tenant and a slash, which no request
+-- id can hold (cluster/security/identity.py): each tenant has an index of its own.
+local function index_key(job_id)
+  local tenant = string.match(job_id, '^([^/]*)/')
+  if tenant then return JOBS .. ':' .. tenant end
+  return JOBS
+end
+
 -- Rings are hints: whoever hears one reads the keys.
 local function ring(process, kind, job_id)
   redis.call('PUBLISH', BASE .. ':bell:process:' .. process, kind .. ' ' .. job_id)

@@ -1,4 +1,4 @@
--- The load balancer. Needs names.lua, policy.lua, queue.lua, slot.lua, close.lua, apart.lua and preempt.lua.
+-- The load balancer. Needs names.lua, policy.lua, quota.lua, queue.lua, slot.lua, close.lua, apart.lua and preempt.lua.
 
 -- Replicas that take jobs, with the slots they have taken: the lease runs, nobody found them unreachable since
 -- their last heartbeat, and they do not drain. `kept`: for a job on its last chance alone.
@@ -69,7 +69,8 @@ local function start_job(member, job_id, job, row, now_ms)
   row.turn = redis.call('INCR', SEQ)
   row.active = row.active + 1
   local victim = victim_member(tonumber(job.priority), row.turn, job_id)
-  dequeue(job_id, member)
+  dequeue(job_id, member, job.counted)
+  if job.counted then redis.call('SADD', running_of_key(job.counted), job_id) end
   redis.call('HSET', key, 'state', 'running', 'epoch', epoch, 'attempts', tonumber(job.attempts) + 1,
     'replica', row.replica, 'address', row.address, 'victim', victim, 'assigned_ms', now_ms)
   if job.started_ms == '' then redis.call('HSET', key, 'started_ms', now_ms) end
@@ -83,9 +84,9 @@ end
 
 local function waiting_job(job_id)
   local row = redis.call('HMGET', job_key(job_id), 'epoch', 'attempts', 'router', 'started_ms', 'priority',
-    'preemptions', 'losses')
+    'preemptions', 'losses', 'counted', 'tenant')
   return {epoch = row[1], attempts = row[2], router = row[3], started_ms = row[4], priority = row[5],
-    preemptions = row[6], last_chance = is_last_chance(tonumber(row[7]))}
+    preemptions = row[6], last_chance = is_last_chance(tonumber(row[7])), counted = row[8] and row[9]}
 end
 
 -- Gives free slots to the head of the queue. It handles no more than PLACED waiting jobs, or `limit` where that is

@@ -1,5 +1,6 @@
 -- Queue members, byte for byte those of cluster/policy/ordering.py:
 -- <9 - level>:<deadline ms, 16 digits>:<arrival, 16 digits>:<job id>. 2^53 - 1 stands for no deadline.
+-- Needs names.lua and quota.lua.
 local NO_DEADLINE_MS = 9007199254740991
 
 local function queue_member(level, deadline_ms, sequence, job_id)
@@ -18,12 +19,14 @@ local function first_member(member)
 end
 
 -- Puts a job into the queue; its member stays the same for as long as it lives, but for what it gains by waiting.
-local function enqueue(job_id, member, now_ms)
-  redis.call('ZADD', QUEUE, 0, member)
+-- `counted` is the tenant of a job that counts against a quota (lib/quota.lua), or nil.
+local function enqueue(job_id, member, now_ms, counted)
+  if counted then line_up(counted, member) else redis.call('ZADD', QUEUE, 0, member) end
   redis.call('ZADD', WAITING, now_ms, job_id)
 end
 
-local function dequeue(job_id, member)
+local function dequeue(job_id, member, counted)
   redis.call('ZREM', QUEUE, member)
   redis.call('ZREM', WAITING, job_id)
+  if counted then step_out(counted, member) end
 end

@@ -1,4 +1,4 @@
--- RUNNING -> QUEUED by release and reap. Needs names.lua, policy.lua, queue.lua, slot.lua and close.lua.
+-- RUNNING -> QUEUED by release and reap. Needs names.lua, policy.lua, quota.lua, queue.lua, slot.lua and close.lua.
 local HISTORY = 16
 
 local function remember(history, row)
@@ -26,7 +26,7 @@ end
 local function requeue(job_id, reason, message, loss, now_ms)
   local key = job_key(job_id)
   local job = redis.call('HMGET', key, 'replica', 'member', 'router', 'epoch', 'losses', 'history', 'victim',
-    'assigned_ms', 'priority')
+    'assigned_ms', 'priority', 'counted', 'tenant')
   local rows = remember(job[6], {tonumber(job[4]), job[1], reason, message, tonumber(job[8]), now_ms, loss})
   local losses = tonumber(job[5])
   if loss == '1' then losses = losses + 1 end
@@ -47,6 +47,8 @@ local function requeue(job_id, reason, message, loss, now_ms)
     member = member_of_priority(member, tonumber(job[9]))
   end
   redis.call('HSET', key, 'state', 'queued', 'member', member)
-  enqueue(job_id, member, now_ms)
+  local counted = job[10] and job[11]
+  if counted then redis.call('SREM', running_of_key(counted), job_id) end
+  enqueue(job_id, member, now_ms, counted)
   ring(job[3], 'released:' .. job[4], job_id)
 end

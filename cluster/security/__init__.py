@@ -1,0 +1,1 @@
+"""Who calls, over what connection, and what they may have."""
