@@ -82,7 +82,7 @@ def _asked_by_volume(owner: str, volume: Doc) -> Iterator[tuple[str, str, str, s
 
 def _volumes(view: View, pod: Pod) -> Iterator[str]:
     volumes = {volume["name"]: volume for volume in pod.spec.get("volumes", [])}
-    owner = next(
+    owner: Doc = next(
         (d for d in view.of("StatefulSet") if pod.owner == f"StatefulSet/{d['metadata']['name']}"), {"spec": {}}
     )
     claims = {claim["metadata"]["name"] for claim in owner["spec"].get("volumeClaimTemplates", [])}
@@ -126,7 +126,7 @@ def _script_of(view: View, pod: Pod, container: Doc) -> str | None:
         return str(container["args"][0])
     folder, _, name = command[1].rpartition("/")
     mount = next((m for m in container["volumeMounts"] if m["mountPath"] == folder), {"name": None})
-    volume = next((v for v in pod.spec["volumes"] if v["name"] == mount["name"]), {})
+    volume: Doc = next((v for v in pod.spec["volumes"] if v["name"] == mount["name"]), {})
     config = volume.get("configMap", {}).get("name")
     found = [doc["data"].get(name) for doc in view.of("ConfigMap") if doc["metadata"]["name"] == config]
     return found[0] if found else None

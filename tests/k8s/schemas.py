@@ -19,7 +19,9 @@ from tests.k8s.view import Doc, View
 VERSIONS = ("1.31", "1.34")
 CRDS = Path(__file__).parent / "crds"
 # Of kinds whose schemas are no part of Kubernetes: every field that the manifests use, at most. A leaf is a type.
-TEXT, NUMBER, FREE = {"type": "string"}, {"type": "integer"}, {}
+TEXT: Doc = {"type": "string"}
+NUMBER: Doc = {"type": "integer"}
+FREE: Doc = {}
 
 
 def _object(required: str = "", **fields: Any) -> Doc:  # noqa: ANN401 - JSON schema

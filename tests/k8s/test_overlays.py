@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.k8s import network_checks, pod_checks, ray_checks, reference_checks, schemas, settings_checks
-from tests.k8s.view import K8S, OVERLAYS, View, render, render_overlay
+from tests.k8s.view import K8S, OVERLAYS, View, quantity, render, render_overlay
 
 CRD = K8S.parent.parent / "shared/k8s/crds/ray.io_rayservices.v1.7.0.yaml"
 CHECKS = (
@@ -86,7 +86,7 @@ def test_the_cpu_overlay_asks_for_little_and_no_gpu() -> None:
     resources = [container["resources"] for pod in pods for container in pod.containers]
     assert not any("nvidia.com/gpu" in entry.get("limits", {}) for entry in resources)
     assert view.names("Gateway", "PodMonitor", "ExternalSecret") == set()
-    assert sum(settings_checks.quantity(entry["requests"]["cpu"]) for entry in resources) <= 3
+    assert sum(quantity(entry["requests"]["cpu"]) for entry in resources) <= 3
 
 
 def test_the_vendored_schema_is_that_of_the_crd() -> None:

@@ -16,7 +16,7 @@ primary() {
 peer_has_data() {
     for peer in $PEERS; do
         [ "$peer" = "$SELF" ] && continue
-        keys=$(REDISCLI_AUTH="$SENTINEL_PASSWORD" timeout 2 "$CLI" -h "$peer" -p "$PORT" --user sentinel INFO keyspace) || continue
+        keys=$(REDISCLI_AUTH="$SENTINEL_PASSWORD" timeout 2 "$CLI" -h "$peer" -p "$PORT" --user sentinel INFO keyspace 2>/dev/null) || continue
         case "$keys" in *keys=*) return 0 ;; esac
     done
     return 1
@@ -35,15 +35,16 @@ while true; do
     sleep 2
 done
 
-# The part of the name before the port of a Redis URL, then only what each one needs.
 cat > "$RUN/users.acl" <<USERS
 user default off
-user easel on >$PASSWORD ~{easel}* &{easel}* -@all +@read +@write +@pubsub +@scripting +@connection +@transaction -@dangerous +role
-user replication on >$REPLICATION_PASSWORD -@all +psync +replconf +ping
+user easel on >$PASSWORD resetchannels ~{easel}* &{easel}* -@all +@read +@write +@pubsub +@scripting +@connection +@transaction -@dangerous +role +time
+user replication on >$REPLICATION_PASSWORD resetchannels -@all +psync +replconf +ping
 user sentinel on >$SENTINEL_PASSWORD allchannels -@all +multi +slaveof +ping +exec +subscribe +config|rewrite +role +publish +info +client|setname +client|kill +script|kill
 USERS
 {
     cat "$CONFIG/valkey.conf"
+    echo "port $PORT"
+    echo "dir $DATA"
     echo "aclfile $RUN/users.acl"
     echo "masteruser replication"
     echo "masterauth $REPLICATION_PASSWORD"
