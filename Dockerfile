@@ -24,7 +24,7 @@ RUN /opt/easel/venv/bin/pip install --no-deps --no-build-isolation . \
 FROM python:${PYTHON}
 # KubeRay's commands and probes need bash, wget and openssl. Triton compiles a launcher when it first runs a kernel, for
 # which it needs a C compiler and libc's headers.
-# hadolint ignore=DL3008
+# hadolint ignore=DL3008,SC2016
 RUN apt-get update \
  && apt-get install -y --no-install-recommends bash ca-certificates gcc libc6-dev openssl wget \
  && rm -rf /var/lib/apt/lists/* \

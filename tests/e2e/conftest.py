@@ -107,13 +107,14 @@ async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
             replicas: int = 1,
             state: dict[str, Any] | None = None,
             denoiser: dict[str, Any] | None = None,
+            router: dict[str, Any] | None = None,
             **engine: float | None,
         ) -> Stack:
             values = {
                 "checkpoint": str(CHECKPOINT),
                 "state": {"url": redis_server.url, "namespace": f"t{next(namespaces)}", "heartbeat_ms": 100}
                 | (state or {}),
-                "router": {"port": 0, "drain_timeout_s": 0.2, "look_every_ms": 50},
+                "router": {"port": 0, "drain_timeout_s": 0.2, "look_every_ms": 50} | (router or {}),
                 "denoiser": {"drain_timeout_s": 0.5} | (denoiser or {}),
             }
             made = Stack(parse_settings(values), redis=redis_server)
