@@ -1,4 +1,4 @@
-"""The image, as far as it can be tested without a container engine: its locks, its steps, and what KubeRay calls in it."""
+"""The image, as far as it can be tested without a container engine: locks, steps, and what KubeRay calls in it."""
 
 from __future__ import annotations
 
