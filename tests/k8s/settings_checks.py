@@ -150,6 +150,10 @@ def _files(view: View, settings: Settings) -> Iterator[str]:
             for _, pod in pods[role]:
                 if not _has_file(pod, PurePosixPath(value)):
                     yield f"{name}: {pod.owner} has no {value}"
+    for pod in view.pods():
+        for container in pod.containers:
+            if container["name"] in ("wait-model", "load") and container["args"] != [settings.checkpoint]:
+                yield f"checkpoint: {settings.checkpoint}; {pod.owner} has {container['args']}"
     in_image = re.findall(r"^COPY \S+ (/\S+)$", (ROOT / "Dockerfile").read_text(), re.M)
     for _, pod in (*pods["router"], *pods["denoiser"]):
         mounts = [mount["mountPath"] for mount in pod.containers[0]["volumeMounts"]]

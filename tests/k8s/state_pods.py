@@ -75,7 +75,8 @@ class StatePods:
     def close(self) -> None:
         """End everything."""
         for name in list(self._running):
-            self.kill(*(lambda parts: (parts[0], int(parts[1])))(name.split("-")))
+            kind, number = name.split("-")
+            self.kill(kind, int(number))
 
     def _environment(self, spec: Doc, kind: str, number: int, run: Path) -> dict[str, str]:
         """Every variable of the manifest, and no other but PATH: names of pods become addresses."""

@@ -304,6 +304,22 @@ OTHERS: dict[str, tuple[str, str, str, str, Any, str]] = {
         "port 8501",
     ),
     "a route of no Gateway": ("production", "GRPCRoute", "easel", "spec/parentRefs/0/name", "weasel", "Gateway weasel"),
+    "a Job that loads another model": (
+        "small",
+        "Job",
+        "easel-load-model",
+        "spec/template/spec/containers/0/args/0",
+        "/models/gemma",
+        "checkpoint: /models/diffusiongemma-26b-a4b",
+    ),
+    "a container before the first one as root": (
+        "small",
+        "RayService",
+        "easel",
+        f"{ROUTER}/template/spec/initContainers/0/securityContext",
+        {},
+        "wait-model: must drop",
+    ),
     "a Redis outside without TLS": ("managed-redis", "RayService", "easel", "", None, "must be reached over TLS"),
 }
 

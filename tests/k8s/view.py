@@ -80,8 +80,8 @@ class Pod:
 
     @property
     def containers(self) -> list[Doc]:
-        """The containers that the manifest names."""
-        return list(self.spec["containers"])
+        """The containers that the manifest names, the main one first and those that run before it last."""
+        return [*self.spec["containers"], *self.spec.get("initContainers", [])]
 
     def port(self, named: str | int) -> int | None:
         """The number of a port by name, or the number itself when a container has it; None when there is none."""

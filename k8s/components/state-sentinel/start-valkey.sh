@@ -13,20 +13,20 @@ primary() {
     for sentinel in $SENTINELS; do said_by "$sentinel"; done | sort | uniq -c | awk '$1 >= 2 && NF == 2 {print $2}'
 }
 
-peer_has_data() {
+# Every other one answers, and has nothing: silence is no proof.
+others_are_empty() {
     for peer in $PEERS; do
         [ "$peer" = "$SELF" ] && continue
-        keys=$(REDISCLI_AUTH="$SENTINEL_PASSWORD" timeout 2 "$CLI" -h "$peer" -p "$PORT" --user sentinel INFO keyspace 2>/dev/null) || continue
-        case "$keys" in *keys=*) return 0 ;; esac
+        said=$(REDISCLI_AUTH="$SENTINEL_PASSWORD" timeout 5 "$CLI" -h "$peer" -p "$PORT" --user sentinel INFO keyspace 2>&1)
+        case "$said" in *keys=*) return 1 ;; "# Keyspace"*) ;; *) return 1 ;; esac
     done
-    return 1
 }
 
 while true; do
     PRIMARY=$(primary)
-    if [ "$PRIMARY" = "$SELF" ] && [ -z "$(ls "$DATA")" ] && peer_has_data; then
+    if [ "$PRIMARY" = "$SELF" ] && [ -z "$(ls "$DATA")" ] && ! others_are_empty; then
         # Replicas copy their primary: an empty one would empty them. Away, it is replaced by one of them.
-        echo "the data of this primary is gone, and others have it: waiting to be replaced"
+        echo "this primary has no data: waiting to be replaced, or until the others answer that they have none"
     elif [ -n "$PRIMARY" ]; then
         break
     else
