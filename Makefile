@@ -49,8 +49,8 @@ proto: $(STAMP) ## Generate the stubs in cluster/rpc from proto/
 	$(BIN)/python -m cluster.rpc.generate
 
 lock: $(STAMP) ## Write the image's lock files from pyproject.toml
-	$(LOCK) --extra vllm -o requirements.lock
-	$(LOCK) --constraint requirements.lock -o requirements-cpu.lock
+	$(LOCK) --extra vllm --extra otel -o requirements.lock
+	$(LOCK) --extra otel --constraint requirements.lock -o requirements-cpu.lock
 
 bench: $(STAMP) ## Print this machine's figures as ratios; the last line is one JSON object
 	$(BIN)/python -m benchmarks.bench

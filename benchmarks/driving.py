@@ -1,8 +1,10 @@
 """What it costs to tell the other ranks to step: ways to drive a tensor-parallel group, against ranks that just know.
 
-Two processes on this machine. A step is one sum of a single number over gloo, which every real step begins with in some
-form; before it, rank 0 tells rank 1 to go, with nothing else to say. `lockstep` tells nothing, because both count. The
-ways alternate, a figure is the median of the rounds, in microseconds a step. Prints one JSON line.
+Rank 1 is another process of this machine. A step is one sum of a single number over gloo, which every real step
+begins with in some form; before it, rank 0 tells rank 1 to go, with nothing else to say. `lockstep` tells nothing,
+because both count. `ray_call` calls a method of rank 1, an actor, and awaits its result; `ray_compiled` does so over
+a compiled graph of Ray. The ways alternate; a figure is the median of the rounds, in microseconds a step, and over
+`lockstep`. Prints one JSON line.
 
 The engine uses `sockets`. A broadcast on torch.distributed needs no connection of its own, but notices a dead follower
 only in the step after, and cannot be asked whether its peers are alive.
@@ -25,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from benchmarks.driving_ray import RAY_WAYS, RayWays
 from deployments.engine.torch_tp.group import Ranks
 from deployments.engine.torch_tp.link import Command, Receiver, Sender, SocketReceiver, SocketSender, settle
 from deployments.engine.torch_tp.ranks import open_store
@@ -79,8 +82,17 @@ class Broadcast:
 
 
 def measure_driving(rounds: int = ROUNDS, steps: int = STEPS) -> dict[str, float]:
-    """Microseconds a step, per way."""
+    """Microseconds a step, per way, and ratios over `lockstep`."""
     torch.set_num_threads(1)
+    with RayWays() as over_ray:
+        figures = _measure(over_ray, rounds, steps)
+    us = {way: statistics.median(values) for way, values in figures.items()}
+    over = {f"driving_{way}_over_lockstep": round(value / us["lockstep"], 2) for way, value in us.items()}
+    del over["driving_lockstep_over_lockstep"]
+    return {f"driving_{way}_us": round(value, 1) for way, value in us.items()} | over
+
+
+def _measure(over_ray: RayWays, rounds: int, steps: int) -> dict[str, list[float]]:
     store = open_store(HOST, None, TIMEOUT_S)
     listener = socket.create_server((HOST, 0))
     ports = (store.port, listener.getsockname()[1])
@@ -92,16 +104,18 @@ def measure_driving(rounds: int = ROUNDS, steps: int = STEPS) -> dict[str, float
     senders: dict[str, Sender | None] = {"lockstep": None, "sockets": SocketSender([peer])}
     group = Ranks(store, 0, 2, device=torch.device("cpu"), host=HOST, timeout_s=TIMEOUT_S)
     senders["broadcast"] = Broadcast(store, 0)
-    figures: dict[str, list[float]] = {way: [] for way in WAYS}
+    figures: dict[str, list[float]] = {way: [] for way in (*WAYS, *RAY_WAYS)}
     for _ in range(rounds):
         for way in WAYS:
             figures[way].append(_time_us(group, senders[way], steps))
+        for way in RAY_WAYS:
+            figures[way].append(over_ray.time_us(way, steps))
     follower.join(TIMEOUT_S)
     for sender in senders.values():
         if sender is not None:
             sender.close(goodbye=False)
     group.close()
-    return {f"driving_{way}_us": round(statistics.median(values), 1) for way, values in figures.items()}
+    return figures
 
 
 def _time_us(group: Ranks, link: Sender | None, steps: int) -> float:

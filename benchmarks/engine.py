@@ -169,7 +169,9 @@ class Reference:
 def load_reference(path: Path) -> Any:  # noqa: ANN401 - transformers has no usable types
     """transformers' model in float32."""
     from transformers.models.diffusion_gemma import modeling_diffusion_gemma as reference  # noqa: PLC0415 - dev only
+    from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
 
+    disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = reference.DiffusionGemmaForBlockDiffusion.from_pretrained(path, dtype=torch.float32)

@@ -5,7 +5,8 @@
 
 A step is one call of the engine's `step` with all canvases in the middle of denoising: forward, logits, sampler,
 self-conditioning embedding, and what the host does. The floor is the larger of all weights at the measured copy
-bandwidth and all products at the measured matmul rate. transformers runs its decoder's forward and its logits, no
+bandwidth and all products at the measured matmul rate. The engine runs twice: every step as it comes, and replayed as
+a CUDA graph (on CPU there are none, so both are the same). transformers runs its decoder's forward and its logits, no
 sampler. The last line is one JSON object.
 """
 
@@ -52,7 +53,8 @@ MATMUL_SIZE = {"cuda": 8192, "cpu": 256}
 class Measured:
     """Median ms of a step at some number of canvases; None where memory does not suffice."""
 
-    engine_ms: dict[int, float | None]
+    eager_ms: dict[int, float | None]
+    graphs_ms: dict[int, float | None]
     transformers_ms: dict[int, float | None]
     floor_ms: dict[int, float]
     roofline: Roofline
@@ -61,17 +63,19 @@ class Measured:
 def measure(
     shape: str, device: torch.device, canvases: Sequence[int], steps: int, with_transformers: bool = True
 ) -> Measured:
-    """Runs the engine, then transformers: their weights do not fit next to each other."""
+    """Runs the engine without and with graphs, then transformers: their weights do not fit next to each other."""
     config, context = SHAPES[shape], CONTEXT_TOKENS[shape]
     with torch.inference_mode():
         roofline = measure_roofline(device)
-        engine_ms = engine_steps(config, device, canvases, context, steps)
+        eager_ms = engine_steps(config, device, canvases, context, steps, cuda_graphs=False)
+        _free(device)
+        graphs_ms = engine_steps(config, device, canvases, context, steps, cuda_graphs=True)
         _free(device)
         transformers_ms: dict[int, float | None] = dict.fromkeys(canvases)
         if with_transformers:
             transformers_ms = transformers_steps(config, device, canvases, context, steps)
     floor_ms = {count: roofline.floor_ms(config, count, context) for count in canvases}
-    return Measured(engine_ms, transformers_ms, floor_ms, roofline)
+    return Measured(eager_ms, graphs_ms, transformers_ms, floor_ms, roofline)
 
 
 def measure_roofline(device: torch.device) -> Roofline:
@@ -87,7 +91,13 @@ def measure_roofline(device: torch.device) -> Roofline:
 
 
 def engine_steps(
-    config: ModelConfig, device: torch.device, canvases: Sequence[int], context_tokens: int, steps: int
+    config: ModelConfig,
+    device: torch.device,
+    canvases: Sequence[int],
+    context_tokens: int,
+    steps: int,
+    *,
+    cuda_graphs: bool,
 ) -> dict[int, float | None]:
     """Median ms of the engine's step."""
     settings = EngineSettings(
@@ -96,6 +106,7 @@ def engine_steps(
         device=device.type,
         max_context_tokens=context_tokens + 2 * config.canvas_tokens,
         prefix_reuse=False,
+        cuda_graphs=cuda_graphs,
     )
     with drawn_weights(config, device):
         engine = TorchEngine(random_checkpoint(config), settings)
@@ -217,18 +228,19 @@ def report(shape: str, measured: Measured) -> str:
         f"{step_flop(config, CONTEXT_TOKENS[shape]) / 1e12:.3g} TFLOP a canvas and step",
         f"measured: copies {roofline.bytes_per_s / 1e12:.3g} TB/s, "
         f"bf16 products {roofline.flop_per_s / 1e12:.3g} TFLOP/s",
-        "canvases   floor ms   engine ms   over floor   transformers ms   over floor",
+        "canvases   floor ms    eager ms   over floor    graphs ms   over floor   transformers ms   over floor",
     ]
     for count, floor_ms in measured.floor_ms.items():
         cells = [
             f"{'does not fit':>12} {'':>12}" if ms is None else f"{ms:12.2f} {ms / floor_ms:12.2f}"
-            for ms in (measured.engine_ms[count], measured.transformers_ms[count])
+            for ms in (measured.eager_ms[count], measured.graphs_ms[count], measured.transformers_ms[count])
         ]
-        lines.append(f"{count:8} {floor_ms:10.2f} {cells[0]} {cells[1]}")
+        lines.append(f"{count:8} {floor_ms:10.2f} " + " ".join(cells))
     numbers = {
         str(count): {
             "floor_ms": floor_ms,
-            "engine_ms": measured.engine_ms[count],
+            "eager_ms": measured.eager_ms[count],
+            "graphs_ms": measured.graphs_ms[count],
             "transformers_ms": measured.transformers_ms[count],
         }
         for count, floor_ms in measured.floor_ms.items()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.core import ModelCard, SamplingParams
+from cluster.core import ModelCard, SamplingParams, VisionCard
 from cluster.errors import CheckpointError, ConfigError
 from cluster.json_fields import JsonFields
 from cluster.weight_files import DTYPE_BYTES, TensorEntry, find_weight_files, read_weight_file
@@ -24,6 +24,11 @@ TOKENIZER_FILE = "tokenizer.json"
 DEFAULT_SOFTCAP = 30.0
 # What DiffusionGemmaTextConfig takes when neither per_layer_config nor global_head_dim is given.
 DEFAULT_GLOBAL_HEAD_DIM = 512
+# What DiffusionGemmaConfig and Gemma4VisionConfig take when config.json leaves these numbers out.
+DEFAULT_IMAGE_TOKEN_ID = 258_880
+DEFAULT_POSITIONS_PER_IMAGE = 280
+IMAGE_FRAME_TOKENS = 2
+VISION_PREFIX = "model.encoder.vision_tower."
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint {folder}: no such folder; give a Hugging Face checkpoint folder")
     folder = folder.resolve()
-    config = _model_config(JsonFields.of_file(folder / CONFIG_FILE))
+    fields = JsonFields.of_file(folder / CONFIG_FILE)
+    config = _model_config(fields)
     generation = JsonFields.of_file(folder / GENERATION_FILE)
     if not (folder / TOKENIZER_FILE).is_file():
         raise CheckpointError(f"{folder / TOKENIZER_FILE}: missing; copy it from the original checkpoint")
@@ -95,6 +101,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         digest.update(weights.fingerprint)
     _check_tensors(folder, config, tensors)
     card = _card(folder.name, digest.hexdigest()[:16], config, generation)
+    card = replace(card, vision=_vision(fields, config.vocab_size, tensors))
     return Checkpoint(path=folder, card=card, config=config, tensors=tensors)
 
 
@@ -210,6 +217,17 @@ def _card(name: str, version: str, config: ModelConfig, generation: JsonFields) 
         eos_token_ids=generation.token_ids("eos_token_id", vocab_size),
         defaults=_defaults(generation),
     )
+
+
+def _vision(fields: JsonFields, vocab_size: int, tensors: Mapping[str, TensorEntry]) -> VisionCard | None:
+    """None for a checkpoint that describes no vision tower, has no weights for it, or has no token for an image."""
+    if not fields.has("vision_config") or not any(name.startswith(VISION_PREFIX) for name in tensors):
+        return None
+    image_token_id = fields.integer("image_token_id", 0, default=DEFAULT_IMAGE_TOKEN_ID)
+    if image_token_id >= vocab_size:
+        return None
+    positions = fields.child("vision_config").integer("default_output_length", default=DEFAULT_POSITIONS_PER_IMAGE)
+    return VisionCard(image_token_id, positions + IMAGE_FRAME_TOKENS)
 
 
 def _defaults(generation: JsonFields) -> SamplingParams:

@@ -48,10 +48,12 @@ from cluster.rpc.results import (
     job_from_proto,
 )
 from cluster.rpc.sampling import shown
+from cluster.trust import ClientTls, Trust
 
 __all__ = [
     "Accepted",
     "Answer",
+    "ClientTls",
     "ClusterView",
     "Committed",
     "Draft",
@@ -87,6 +89,9 @@ class EaselClient:
     A call that finds the cluster unavailable is repeated: at a cluster that never answered this client `retries`
     times; else for at least `patience_s` too, in which a router that was lost is replaced. Close the client, or use
     it as an async context manager. Raises ConfigError for an empty target or a limit below 0.
+
+    `tls` is for routers behind TLS, `credentials` for what it cannot say. `api_key` is the key or token that every call
+    brings along; a function is asked at each call, for tokens that expire.
     """
 
     def __init__(
@@ -98,10 +103,13 @@ class EaselClient:
         retries: int = 3,
         patience_s: float = 30.0,
         credentials: grpc.ChannelCredentials | None = None,
+        tls: ClientTls | None = None,
+        api_key: str | Callable[[], str] | None = None,
     ) -> None:
+        trust = Trust(tls, api_key, credentials)
         self._timeout_s = timeout_s
         self._rpc_timeout_s = rpc_timeout_s
-        self._routers = Routers(target, retries=retries, patience_s=patience_s, credentials=credentials)
+        self._routers = Routers(target, retries=retries, patience_s=patience_s, trust=trust)
 
     async def __aenter__(self) -> Self:
         return self
@@ -140,6 +148,8 @@ class EaselClient:
     ) -> Answer:
         """The whole answer to a prompt: a text, messages as (role, content) or dicts, or `tokens`.
 
+        Content is a text, or a list of texts, images as bytes, and paths of images: [Path("cat.png"), "What is it?"].
+
         When its router is lost the call is repeated, and joins its job at another one. Cancelling the awaiting task
         stops the job. Raises an EaselError.
         """
@@ -148,7 +158,7 @@ class EaselClient:
 
         def call(channel: grpc.aio.Channel) -> GenerateCall:
             stub: generation_pb2_grpc.GenerationAsyncStub = generation_pb2_grpc.GenerationStub(channel)
-            return stub.Generate(request, timeout=tries.left_s)
+            return stub.Generate(request, timeout=tries.left_s, metadata=self._routers.metadata)
 
         try:
             return answer_from_proto(await self._routers.call(call, tries))
@@ -259,7 +269,11 @@ class EaselClient:
 
     async def _unary(self, method: Method[Sent, Received], request: Sent) -> Received:
         tries, timeout_s = self._routers.tries(), self._rpc_timeout_s
-        return await self._routers.call(lambda channel: method(channel)(request, timeout=timeout_s), tries)
+
+        def call(channel: grpc.aio.Channel) -> grpc.aio.UnaryUnaryCall[Sent, Received]:
+            return method(channel)(request, timeout=timeout_s, metadata=self._routers.metadata)
+
+        return await self._routers.call(call, tries)
 
 
 def _jobs(channel: grpc.aio.Channel) -> jobs_pb2_grpc.JobsAsyncStub:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from cluster.engines import ENGINES
 from cluster.errors import ConfigError
 from cluster.security.settings import SecuritySettings
 
@@ -48,6 +49,8 @@ class StateSettings(_Frozen):
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     max_preemptions: Annotated[int, Field(ge=0, le=100)] = 3
     aging_ms: Annotated[int, Field(ge=100, le=86_400_000)] = 60_000
+    # At least what one request may bring: router.max_request_bytes goes up to this.
+    image_limit_bytes: Annotated[int, Field(ge=64 * 2**20, le=2**40)] = 256 * 2**20
     outage_patience_s: Annotated[float, Field(gt=0, le=600)] = 30.0
 
     @field_validator("heartbeat_ms")
@@ -75,7 +78,7 @@ class RouterSettings(_Frozen):
     max_request_bytes: Annotated[int, Field(ge=1024, le=64 * 2**20)] = 4 * 2**20
     max_connections: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     max_streams_per_connection: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
-    health_port: Port | None = None
+    health_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     look_every_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
     drain_timeout_s: Annotated[float, Field(ge=0, le=600)] = 5.0
     num_cpus: Annotated[float, Field(ge=0, le=256)] = 0.1
@@ -102,6 +105,7 @@ class DenoiserSettings(_Frozen):
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     max_context_tokens: Annotated[int, Field(ge=1)] | None = None
     prefix_reuse: bool = True
+    cuda_graphs: bool = True
     prefill_tiles_per_step: Annotated[int, Field(ge=1, le=1024)] = 4
     fake_step_ms: Annotated[float, Field(ge=0, le=60_000)] = 15.0
     fake_steps_per_canvas: Annotated[int, Field(ge=1, le=1000)] = 8
@@ -114,12 +118,14 @@ class DenoiserSettings(_Frozen):
     step_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     checkpoint_every_steps: Annotated[int, Field(ge=0, le=1000)] = 0
 
-    @field_validator("tp")
+    @field_validator("tp", "dtype", "device", "checkpoint_every_steps")
     @classmethod
-    def _only_torch_has_ranks(cls, degree: int, info: ValidationInfo) -> int:
-        if degree > 1 and info.data.get("engine") == "fake":
-            raise ValueError("the fake engine runs one rank; only tp 1 is allowed with it")
-        return degree
+    def _as_the_engine_can(cls, value: int | str, info: ValidationInfo) -> int | str:
+        engine = ENGINES.get(info.data.get("engine", ""))
+        refusal = engine.refuses(info.field_name or "", value) if engine else None
+        if refusal:
+            raise ValueError(refusal)
+        return value
 
     @field_validator("num_gpus")
     @classmethod
@@ -130,15 +136,37 @@ class DenoiserSettings(_Frozen):
         return gpus
 
 
+class TraceSettings(_Frozen):
+    """OpenTelemetry traces, to a collector that speaks OTLP over gRPC; they need the extra `otel`.
+
+    `sample_ratio` is the share of traces that are recorded, among calls whose caller has not decided that.
+    """
+
+    enabled: bool = False
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^/\s]+$")] = "http://localhost:4317"
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    steps: bool = False
+    queue_spans: Annotated[int, Field(ge=16, le=65_536)] = 2048
+    export_timeout_s: Annotated[float, Field(gt=0, le=60)] = 5.0
+
+
+class TelemetrySettings(_Frozen):
+    """What a cluster tells about itself. Metrics go through Ray and need no setting."""
+
+    traces: TraceSettings = TraceSettings()
+
+
 class Settings(_Frozen):
     """All of it. `checkpoint` is the folder of the model that every replica serves."""
 
     checkpoint: str
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["text", "json"] = "text"
     state: StateSettings = StateSettings()
     router: RouterSettings = RouterSettings()
     denoiser: DenoiserSettings = DenoiserSettings()
     security: SecuritySettings = SecuritySettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
 
 def parse_settings(values: Mapping[str, Any]) -> Settings:
@@ -242,8 +270,8 @@ def router_address() -> str | None:
 
 
 def credential_environment() -> dict[str, str]:
-    """What commands show a cluster and trust of it, by field of cluster.trust.Credentials: EASEL_API_KEY and the like."""
-    names = ("api_key", "api_key_file", "ca_file", "cert_file", "key_file", "server_name")
+    """What commands show a cluster and trust of it, as far as EASEL_API_KEY, EASEL_CA_FILE and the like say it."""
+    names = ("api_key", "api_key_file", "tls", "ca_file", "cert_file", "key_file", "server_name")
     found = {name: os.environ.get(f"EASEL_{name.upper()}") for name in names}
     return {name: value for name, value in found.items() if value}
 

@@ -45,11 +45,36 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """A picture that came with a chat: `data` is the file as it came, `mime_type` what its content is."""
+
+    data: bytes
+    mime_type: str
+
+
+# What one turn of a chat says: a text, or texts and images in the order in which they are read.
+Content = str | tuple[str | Image, ...]
+Turn = tuple[str, Content]
+
+
+@dataclass(frozen=True, slots=True)
+class VisionCard:
+    """How a checkpoint takes images: each is one `image_token_id` in the prompt, where its chat template puts it.
+
+    The engine puts the image's own positions there, at most `tokens_per_image` of them with what frames them.
+    """
+
+    image_token_id: int
+    tokens_per_image: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
     """What the control plane must know of a checkpoint to check a request before any compute.
 
     `version` is a digest of the configuration and of the weight files' headers, sizes and samples of their data: two
     replicas with the same version hold the same model. `defaults` come from generation_config.json, with seed 0.
+    `vision` is None for a checkpoint without a vision part.
     """
 
     name: str
@@ -61,17 +86,24 @@ class ModelCard:
     pad_token_id: int
     eos_token_ids: tuple[int, ...]
     defaults: SamplingParams
+    vision: VisionCard | None = None
 
     def canvases_for(self, max_new_tokens: int) -> int:
         """How many canvases hold `max_new_tokens` tokens: the last one may be used in part."""
         return -(-max_new_tokens // self.canvas_tokens)
+
+    def context_tokens(self, prompt_tokens: int, images: int) -> int:
+        """Most positions that a prompt with so many images takes."""
+        return prompt_tokens + images * (self.vision.tokens_per_image - 1 if self.vision else 0)
 
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """One job, resolved: what a replica needs to compute it, and nothing that changes while it runs.
 
-    `wants_drafts` tells whichever router has charge of the job to ask its replica for drafts.
+    `wants_drafts` tells whichever router has charge of the job to ask its replica for drafts. `image_count` is how many
+    images came with it; Redis keeps them beside the spec, and a replica fetches them when it runs the job.
+    `traceparent` is the span under which it was submitted, "" where nobody traces it.
     """
 
     job_id: str
@@ -81,6 +113,8 @@ class JobSpec:
     priority: Priority = Priority.NORMAL
     tenant: str = ""
     wants_drafts: bool = False
+    image_count: int = 0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ from cluster.config import (
 )
 from cluster.errors import ConfigError, EaselError, StartupError
 from cluster.redis_server import free_port
+from cluster.security.check import check_files
 
 Report = Callable[[str], None]
 
@@ -76,7 +77,8 @@ class UpOptions:
 class LocalCluster:
     """A running local cluster. `pid` is its warden's, which began at `born_s` (so a reused pid is not taken for it).
 
-    `address` is the routers', `ray_address` where `ray.init(address=...)` attaches; both are host:port. Ray guards a
+    `address` is the routers', `ray_address` where `ray.init(address=...)` attaches, `metrics_address` where Ray's agent
+    answers GET /metrics; all are host:port. Ray guards a
     cluster of this kind with a token in the user's home, which an attaching process reads with RAY_AUTH_MODE=token.
     """
 
@@ -89,6 +91,7 @@ class LocalCluster:
     log_dir: str
     ray_dir: str
     ray_address: str
+    metrics_address: str = ""
 
 
 def up(options: UpOptions, report: Report) -> LocalCluster:
@@ -111,8 +114,9 @@ def start(settings: Settings, *, own_redis: bool, report: Report) -> LocalCluste
             raise StartupError(f"{where}; use it, or stop it with `easel down`")
         _end_leftovers(report)
         check_degree(read_checkpoint(settings.checkpoint).config, settings.denoiser.tp)
+        check_files(settings.security)
         _require_free(settings.router.host, settings.router.port)
-        return _start_warden(home, settings, own_redis, report)
+        return _start_warden(home, _with_probes(settings), own_redis, report)
 
 
 def down(report: Report) -> bool:
@@ -176,6 +180,13 @@ def chosen_values(options: UpOptions) -> dict[str, Any]:
     if isinstance(values["router"], dict) and values["router"].get("port") == 0:
         values["router"]["port"] = free_port()
     return values
+
+
+def _with_probes(settings: Settings) -> Settings:
+    """The warden asks whether the routers serve; behind TLS it needs a port where it can do so without certificates."""
+    if settings.security.tls is None or settings.router.health_port is not None:
+        return settings
+    return parse_settings(overlay(settings.model_dump(mode="json"), {"router": {"health_port": free_port()}}))
 
 
 def _require_free(host: str, port: int) -> None:

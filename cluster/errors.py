@@ -32,6 +32,13 @@ class InvalidRequest(EaselError):
         self.violations = tuple(violations)
 
 
+class EngineCannot(EaselError):
+    """The request is sound, but the engine of this cluster, or its checkpoint, cannot do what it asks for."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "ENGINE_CANNOT"
+
+
 class JobNotFound(EaselError):
     """No job has this id, or its record has expired."""
 

@@ -80,9 +80,9 @@ class Reading:
         if self._request is None or self._is_stored:
             request = jobs_pb2.WatchJobRequest(job_id=self._job_id, from_canvas=self._next_canvas, drafts=self._drafts)
             jobs: jobs_pb2_grpc.JobsAsyncStub = jobs_pb2_grpc.JobsStub(channel)
-            return jobs.Watch(request, timeout=tries.left_s)
+            return jobs.Watch(request, timeout=tries.left_s, metadata=self._routers.metadata)
         stub: generation_pb2_grpc.GenerationAsyncStub = generation_pb2_grpc.GenerationStub(channel)
-        return stub.StreamGenerate(self._request, timeout=tries.left_s)
+        return stub.StreamGenerate(self._request, timeout=tries.left_s, metadata=self._routers.metadata)
 
     def _taken(self, event: Event | None, tries: Tries) -> Event | None:
         """The event if it is new to the reader, else None."""
@@ -129,7 +129,7 @@ async def stop_job(routers: Routers, job_id: str) -> None:
 
     def cancel(channel: grpc.aio.Channel) -> grpc.aio.UnaryUnaryCall[jobs_pb2.CancelJobRequest, jobs_pb2.Job]:
         jobs: jobs_pb2_grpc.JobsAsyncStub = jobs_pb2_grpc.JobsStub(channel)
-        return jobs.Cancel(request, timeout=CANCEL_S)
+        return jobs.Cancel(request, timeout=CANCEL_S, metadata=routers.metadata)
 
     with contextlib.suppress(EaselError, TimeoutError):
         async with asyncio.timeout(CANCEL_S):

@@ -12,6 +12,8 @@ import grpc
 from cluster.errors import ConfigError, DeadlineExceeded, EaselError, JobReleased, Unavailable
 from cluster.rpc.options import channel_options
 from cluster.rpc.status import error_from_rpc
+from cluster.telemetry.caller import trace_metadata
+from cluster.trust import Metadata, Trust
 
 # A stream that stood for this long had come up again: what broke it is another outage, not the one before.
 STOOD_S = 10.0
@@ -31,9 +33,7 @@ class Routers:
     for a target without a name, and for limits below 0.
     """
 
-    def __init__(
-        self, target: str, *, retries: int, patience_s: float, credentials: grpc.ChannelCredentials | None
-    ) -> None:
+    def __init__(self, target: str, *, retries: int, patience_s: float, trust: Trust) -> None:
         self.target = target
         self._targets = tuple(part for part in (part.strip() for part in target.split(",")) if part)
         if not self._targets:
@@ -46,7 +46,7 @@ class Routers:
         self.patience_s = patience_s
         self.served = False  # whether any router was ever there
         self.current = 0
-        self._credentials = credentials
+        self._trust = trust
         self._channels: dict[int, grpc.aio.Channel] = {}
 
     @property
@@ -63,12 +63,13 @@ class Routers:
     def channel(self, number: int) -> grpc.aio.Channel:
         """The connection to a target. Made on first use: a channel belongs to the event loop that runs then."""
         if number not in self._channels:
-            target, options = self._targets[number], channel_options()
-            if self._credentials is None:
-                self._channels[number] = grpc.aio.insecure_channel(target, options)
-            else:
-                self._channels[number] = grpc.aio.secure_channel(target, self._credentials, options)
+            self._channels[number] = self._trust.channel(self._targets[number], [*channel_options()])
         return self._channels[number]
+
+    @property
+    def metadata(self) -> Metadata:
+        """What every call brings along."""
+        return (*self._trust.metadata(), *trace_metadata())
 
     def leave(self, number: int) -> None:
         """Ask the next router from now on, unless another task has left this one already."""
@@ -95,7 +96,7 @@ class Routers:
         """A status as an error, with the status as its cause."""
         failure = error_from_rpc(error)
         if isinstance(failure, Unavailable) and str(failure).startswith(_NOBODY_THERE):
-            failure = Unavailable(f"no cluster answers at {self.target}")
+            failure = Unavailable(f"no {_insecure(str(failure))}cluster answers at {self.target}")
             failure.__cause__ = error
             return failure
         # Whatever else was said, somebody is there, or was a moment ago.
@@ -168,6 +169,11 @@ class Tries:
 
     def _is_patient(self, next_s: float) -> bool:
         return self._routers.served and next_s - self._since_s <= self._routers.patience_s
+
+
+def _insecure(said: str) -> str:
+    """What to add where somebody is there, but TLS failed: what is wrong is with certificates, not with the address."""
+    return "trusted " if "handshak" in said.lower() or "certificate" in said.lower() else ""
 
 
 def backoff_s(attempt: int, retry_after_ms: int | None, uniform: float) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import logging
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import wait
 from pathlib import Path
@@ -16,9 +15,12 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.checkpoint import check_degree, read_checkpoint
 from cluster.config import RouterSettings, Settings, environment_values, overlay, parse_settings
+from cluster.telemetry.logs import log_lines
+from cluster.telemetry.telemetry import FLUSH_S, Telemetry, make_telemetry
 from deployments.engine.api import Engine
 from deployments.placement import DENOISER, placement_options
 from deployments.placement_watch import PlacementWatch
+from deployments.ray_metrics import RayRecorder
 from deployments.replica import Replica
 from deployments.router import LEAVING_S, Router
 from deployments.tokenizer import Tokenizer
@@ -54,6 +56,7 @@ def make_engine(settings: Settings, ranks: RankActors | None) -> Engine:
         "threads": denoiser.threads,
         "max_context_tokens": denoiser.max_context_tokens,
         "prefix_reuse": denoiser.prefix_reuse,
+        "cuda_graphs": denoiser.cuda_graphs,
         "prefill_tiles_per_step": denoiser.prefill_tiles_per_step,
     }
     if ranks is not None:
@@ -78,20 +81,25 @@ class DenoiserDeployment:
 
     async def __init__(self, values: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = parse_settings(values)
-        _log_to(settings)
+        log_lines(settings.log_level, settings.log_format, _own_name("denoiser"))
         loop = asyncio.get_running_loop()
         # Loading takes up to minutes for a large model; Serve's own calls must be answered meanwhile.
         self._ranks = rank_actors(settings)
         engine = await loop.run_in_executor(None, make_engine, settings, self._ranks)
+        name = _own_name("denoiser")
+        self._telemetry = make_telemetry(
+            settings.telemetry.traces, RayRecorder(), process=name, service="easel-denoiser"
+        )
         self._replica = Replica(
             settings,
             engine,
             Tokenizer(Path(settings.checkpoint)).decode,
-            name=_own_name("denoiser"),
+            name=name,
             advertised_host=_reachable(settings.denoiser.host),
+            telemetry=self._telemetry,
         )
         await self._replica.start()
-        _at_exit(self._replica.drain, loop, _denoiser_leaves_within_s(settings))
+        _at_exit(self._replica.drain, loop, _denoiser_leaves_within_s(settings), self._telemetry)
 
     async def check_health(self) -> None:
         """Serve's question every HEALTH_PERIOD_S; an error has the replica replaced."""
@@ -101,6 +109,7 @@ class DenoiserDeployment:
         await self._replica.close()
         if self._ranks is not None:
             self._ranks.close()
+        await asyncio.to_thread(self._telemetry.tracer.close, FLUSH_S)
 
 
 class RouterDeployment:
@@ -112,16 +121,19 @@ class RouterDeployment:
         # The handle only tells Serve that both deployments are one application; jobs go over gRPC.
         del denoisers
         settings = parse_settings(values)
-        _log_to(settings)
+        log_lines(settings.log_level, settings.log_format, _own_name("router"))
         self._watch = PlacementWatch(serve.get_replica_context().app_name)
         self._watch.begin()
-        self._router = Router(settings, name=_own_name("router"), pending=self._watch.lines)
+        name = _own_name("router")
+        self._telemetry = make_telemetry(settings.telemetry.traces, RayRecorder(), process=name, service="easel-router")
+        self._router = Router(settings, name=name, pending=self._watch.lines, telemetry=self._telemetry)
         self.port = await self._router.start()
-        _at_exit(self._router.close, asyncio.get_running_loop(), _router_leaves_within_s(settings))
+        _at_exit(self._router.close, asyncio.get_running_loop(), _router_leaves_within_s(settings), self._telemetry)
 
     async def __del__(self) -> None:
         self._watch.close()
         await self._router.close()
+        await asyncio.to_thread(self._telemetry.tracer.close, FLUSH_S)
 
 
 def build(values: Mapping[str, Any]) -> serve.Application:
@@ -177,7 +189,12 @@ def _router_leaves_within_s(settings: Settings) -> float:
     return settings.router.drain_timeout_s + LEAVING_S + CLOSE_SLACK_S
 
 
-def _at_exit(leave: Callable[[], Coroutine[Any, Any, None]], loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
+def _at_exit(
+    leave: Callable[[], Coroutine[Any, Any, None]],
+    loop: asyncio.AbstractEventLoop,
+    timeout_s: float,
+    telemetry: Telemetry,
+) -> None:
     """Have a process that gets SIGTERM leave in order.
 
     Ray answers the signal by ending the process, and Serve hears of it too late to call `__del__`. User code runs
@@ -187,6 +204,7 @@ def _at_exit(leave: Callable[[], Coroutine[Any, Any, None]], loop: asyncio.Abstr
     def at_exit() -> None:
         if loop.is_running():
             wait((asyncio.run_coroutine_threadsafe(leave(), loop),), timeout=timeout_s)
+        telemetry.tracer.close(FLUSH_S)
 
     atexit.register(at_exit)
 
@@ -201,7 +219,3 @@ def _reachable(host: str) -> str:
 def _own_name(role: str) -> str:
     """A name for this process that no later one gets: Serve's id of the replica."""
     return f"{role}-{serve.get_replica_context().replica_id.unique_id}"
-
-
-def _log_to(settings: Settings) -> None:
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=False)

@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NoReturn, TypeVar
 
-from cluster.core import Canvas, Draft, FinishReason, JobSpec, ModelCard, Usage
+from cluster.core import Canvas, Draft, FinishReason, Image, JobSpec, ModelCard, Usage
 from cluster.errors import EaselError, EngineError, JobReleased, StaleEpoch, TransitionError, Unavailable
 from cluster.jobs.records import AssignedJob
 from cluster.jobs.states import AttemptEnd
 from cluster.jobs.store import JobStore
 from cluster.rpc import convert
 from cluster.rpc.easel.internal.v1 import denoiser_pb2 as pb
+from cluster.telemetry.logs import current_job
+from cluster.telemetry.telemetry import Telemetry
 from deployments.answer import Answer
+from deployments.attempt_watch import AttemptWatch
 from deployments.endings import failure_of
 from deployments.engine.api import CanvasCheckpoint, Commit, EngineJob, Progress
 from deployments.outbox import MAX_DRAFTS_BEHIND, Outbox
@@ -40,6 +43,7 @@ class Workshop:
     card: ModelCard
     decode: Callable[[Sequence[int]], str]
     patience_s: float
+    telemetry: Telemetry
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,8 @@ class Attempt:
     Invariant: an event leaves through the outbox only after Redis holds its canvas under this epoch.
     """
 
-    def __init__(self, shop: Workshop, spec: JobSpec, request: pb.RunRequest) -> None:
+    def __init__(self, shop: Workshop, spec: JobSpec, request: pb.RunRequest, traceparent: str = "") -> None:
+        """`traceparent` names the router's span of this run."""
         self.assignment = AssignedJob(spec.job_id, request.epoch)
         self.key = attempt_key(self.assignment)
         self.outbox = Outbox()
@@ -94,10 +99,13 @@ class Attempt:
         self._autosave = Autosave(shop.store, spec.job_id, request.epoch)
         self._inbox: asyncio.Queue[Progress | Commit | _Released | _Failed | EaselError] = asyncio.Queue()
         self._release: Release | None = None
+        self._watch = AttemptWatch(shop.telemetry, spec, request.epoch, traceparent)
         self.task = asyncio.create_task(self._run(request.committed_canvases), name=f"run {self.key}")
+        self.task.add_done_callback(self._watch.over)
 
     def progressed(self, progress: Progress) -> None:
         """The engine made a denoising step."""
+        self._watch.stepped(progress)
         if self._wants_drafts and self._inbox.qsize() < MAX_DRAFTS_BEHIND:
             self._inbox.put_nowait(progress)
 
@@ -143,6 +151,7 @@ class Attempt:
             self._inbox.put_nowait(_Released(done.result()))
 
     async def _run(self, committed_canvases: int) -> None:
+        current_job.set((self._spec.job_id, self.assignment.epoch))
         try:
             committed = await self._stored(committed_canvases)
             if not await self._replayed(committed):
@@ -170,8 +179,9 @@ class Attempt:
 
     async def _denoise(self, committed: list[Canvas]) -> None:
         checkpoint = await self._resumable(len(committed))
+        images = await self._images()
         if self._release is None:
-            self._start(committed, checkpoint)
+            self._start(committed, checkpoint, images)
         while True:
             # Bounded by the watchdog: an engine that is well reports, and of one that hangs we hear `stop`.
             item = await self._inbox.get()
@@ -187,10 +197,20 @@ class Attempt:
         """The canvas in progress that an earlier run left, if it is still the one in progress."""
         if self.assignment.epoch == 1:
             return None
+        self._watch.continues(await self._persist(lambda: self._shop.store.get(self._spec.job_id)))
         kept = await self._persist(lambda: self._shop.store.checkpoint(self._spec.job_id))
         return from_stored(kept) if kept is not None and kept.canvas_index == canvas_index else None
 
-    def _start(self, committed: list[Canvas], checkpoint: CanvasCheckpoint | None) -> None:
+    async def _images(self) -> tuple[Image, ...]:
+        """What the prompt's image tokens stand for. Redis forgets it when the job ends."""
+        if not self._spec.image_count:
+            return ()
+        kept = await self._persist(lambda: self._shop.store.images(self._spec.job_id))
+        if kept is None:
+            raise TransitionError(f"job {self._spec.job_id} has no images in Redis any more: it has ended")
+        return convert.images_from_bytes(kept)
+
+    def _start(self, committed: list[Canvas], checkpoint: CanvasCheckpoint | None, images: tuple[Image, ...]) -> None:
         job = EngineJob(
             job_id=self.key,
             prompt_tokens=self._spec.prompt_tokens,
@@ -198,6 +218,7 @@ class Attempt:
             committed=tuple(canvas.raw_tokens for canvas in committed),
             checkpoint=checkpoint,
             wants_drafts=self._wants_drafts,
+            images=images,
         )
         asyncio.wrap_future(self._shop.steps.start(job)).add_done_callback(self._started)
 
@@ -222,6 +243,7 @@ class Attempt:
             await self._end(_Failed(EngineError(short)))
         message = convert.canvas_to_proto(canvas)
         usage = await self._write(canvas, message.SerializeToString(), piece.finish)
+        self._watch.committed(canvas)
         event = pb.RunEvent(committed=message)
         if piece.finish is not None:
             event.finished.CopyFrom(_finished(piece.finish, usage))

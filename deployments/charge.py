@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -34,8 +34,11 @@ from cluster.rpc import convert
 from cluster.rpc.easel.internal.v1 import denoiser_pb2 as pb
 from cluster.rpc.easel.v1 import generation_pb2 as v1
 from cluster.rpc.status import error_from_rpc, said_by_easel
+from cluster.telemetry.logs import current_job
+from cluster.telemetry.telemetry import Telemetry
 from deployments.endings import ending_of, failure_of
 from deployments.feed import Feed
+from deployments.job_watch import AttemptSpan, JobWatch
 from deployments.replicas import Replicas
 from deployments.watch import stored_canvases, watch_stored
 
@@ -50,10 +53,14 @@ RunCall = grpc.aio.UnaryStreamCall[pb.RunRequest, pb.RunEvent]
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A job this router has charge of: its spec, and its deadline on this process's monotonic clock, if any."""
+    """A job this router has charge of: its spec, and its deadline on this process's monotonic clock, if any.
+
+    `waited_s` is how long the job was there before this router had charge of it.
+    """
 
     spec: JobSpec
     deadline_s: float | None
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,7 @@ class Surroundings:
     doorbell: Doorbell
     router: str
     outage_patience_s: float
+    telemetry: Telemetry = field(default_factory=Telemetry)
 
 
 class Charge:
@@ -83,6 +91,7 @@ class Charge:
         self._tried_epoch = 0
         self._call: RunCall | None = None
         self._away_since_s: float | None = None
+        self._watch = JobWatch(around.telemetry, submission.spec, submission.waited_s)
 
     @property
     def streams(self) -> bool:
@@ -104,6 +113,7 @@ class Charge:
 
     async def supervise(self, placement: Placement | None) -> None:
         """See the job to its end; `placement` when it is known to run already. Raises nothing but CancelledError."""
+        current_job.set((self._job_id, None))
         try:
             while not self.feed.ended:
                 try:
@@ -118,6 +128,8 @@ class Charge:
         except Exception as error:
             logger.exception("job %s: its supervision failed", self._job_id)
             await self._settle(JobFailed(f"job {self._job_id}: internal error: {error!r}"))
+        finally:
+            self._watch.over(self.feed.outcome)
 
     async def _turn(self, placement: Placement | None) -> None:
         self._bell.clear()
@@ -152,6 +164,7 @@ class Charge:
 
     async def _follow(self) -> None:
         """Another router has charge of the job: hand out what Redis holds, to the end."""
+        self._watch.follows()
         events = watch_stored(self._store, self._around.doorbell, self._job_id, self.feed.next_canvas)
         async with contextlib.aclosing(events):
             async for event in events:
@@ -169,11 +182,19 @@ class Charge:
         )
         timeout_s = None if self._submission.deadline_s is None else self._left_s()
         self._tried_epoch = placement.epoch
-        call = self._call = self._around.replicas.stub(placement.address).Run(request, timeout=timeout_s)
+        with self._watch.attempt(placement) as attempt:
+            await self._stream(request, timeout_s, placement, attempt)
+
+    async def _stream(
+        self, request: pb.RunRequest, timeout_s: float | None, placement: Placement, attempt: AttemptSpan
+    ) -> None:
+        run = self._around.replicas.stub(placement.address).Run
+        call = self._call = run(request, timeout=timeout_s, metadata=attempt.metadata)
         try:
             async for event in call:
                 self._publish(event, placement.replica)
         except grpc.aio.AioRpcError as error:
+            attempt.error = error.details() or error.code().name
             await self._broken(placement, error)
         except asyncio.CancelledError:
             # Ending one's own call, or its channel, raises this as well; only a cancelled task goes on with it.

@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, cast
 
 import grpc
 
@@ -27,6 +28,9 @@ from cluster.jobs.store import JobStore
 from cluster.rpc import convert
 from cluster.rpc.easel.internal.v1 import denoiser_pb2 as pb
 from cluster.rpc.easel.internal.v1 import denoiser_pb2_grpc as pb_grpc
+from cluster.telemetry import metrics
+from cluster.telemetry.telemetry import Telemetry
+from cluster.telemetry.tracing import traceparent_in
 from deployments.attempt import Attempt, Release, Workshop, attempt_key
 from deployments.engine.api import Engine, StepReport
 from deployments.membership import Membership
@@ -57,6 +61,7 @@ class Denoiser(pb_grpc.DenoiserServicer):
         *,
         membership: Membership,
         settings: Settings,
+        telemetry: Telemetry,
     ) -> None:
         self._engine = engine
         self._name = membership.name
@@ -74,8 +79,10 @@ class Denoiser(pb_grpc.DenoiserServicer):
             on_report=lambda *made: self._from_thread(self._deliver, *made),
             on_failure=lambda failure: self._from_thread(self._lose, AttemptEnd.ENGINE, failure),
             checkpoint_every_steps=settings.denoiser.checkpoint_every_steps,
+            on_step=partial(telemetry.recorder.observe, metrics.STEP_DURATION),
         )
-        self._shop = Workshop(self._steps, store, engine.card, decode, settings.state.outage_patience_s)
+        patience_s = settings.state.outage_patience_s
+        self._shop = Workshop(self._steps, store, engine.card, decode, patience_s, telemetry)
         self._watchdog = StepWatchdog(
             lambda: self._steps.busy_s, timeout_s=settings.denoiser.step_timeout_s, on_hung=self._hung
         )
@@ -165,7 +172,7 @@ class Denoiser(pb_grpc.DenoiserServicer):
         self, request: pb.RunRequest, context: grpc.aio.ServicerContext[pb.RunRequest, pb.RunEvent]
     ) -> AsyncIterator[pb.RunEvent]:
         """Denoise an assigned job; see denoiser.proto. A stream that breaks has the job given back."""
-        attempt = await self._begin(request)
+        attempt = await self._begin(request, traceparent_in(cast("Any", context.invocation_metadata())))
         try:
             async with aclosing(attempt.outbox.read()) as events:
                 async for event in events:
@@ -179,7 +186,7 @@ class Denoiser(pb_grpc.DenoiserServicer):
                 attempt.release(Release(AttemptEnd.ROUTER_LOST, "the router's stream broke", hand_over=True))
             raise
 
-    async def _begin(self, request: pb.RunRequest) -> Attempt:
+    async def _begin(self, request: pb.RunRequest, traceparent: str) -> Attempt:
         spec = convert.job_spec_from_proto(request.spec)
         job = AssignedJob(spec.job_id, request.epoch)
         key = attempt_key(job)
@@ -187,7 +194,7 @@ class Denoiser(pb_grpc.DenoiserServicer):
             raise TransitionError(f"job {job.job_id} runs already on {self._name} under epoch {job.epoch}")
         if self._turning_away:
             await self._turn_away(job)
-        attempt = self._attempts[key] = Attempt(self._shop, spec, request)
+        attempt = self._attempts[key] = Attempt(self._shop, spec, request, traceparent)
         attempt.task.add_done_callback(lambda done: self._over(key, done))
         if key in self._preempted:
             self.preempt(job)

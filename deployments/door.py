@@ -35,12 +35,13 @@ class Door:
         if self._tls is None and not self._gate.is_open:
             logger.warning("credentials travel in plain text: set security.tls, or end TLS in front of the routers")
 
-    def server(self) -> grpc.aio.Server:
-        """A server without services and ports."""
+    def server(self, *outer: grpc.aio.ServerInterceptor) -> grpc.aio.Server:
+        """A server without services and ports; `outer` see every call, also those that are refused."""
         router = self._router
         streams = self._quotas
         return grpc.aio.server(
             interceptors=(
+                *outer,
                 AuthInterceptor(self._gate, lambda tenant: streams.of(tenant).streams),
                 EdgeInterceptor(max_request_bytes=router.max_request_bytes),
             ),

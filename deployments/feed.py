@@ -31,6 +31,11 @@ class Feed:
         return self._end is not None
 
     @property
+    def outcome(self) -> v1.GenerateEvent | EaselError | None:
+        """How it ended: the `finished` event or the error; None before."""
+        return self._end
+
+    @property
     def next_canvas(self) -> int:
         """Index of the first canvas that is not here yet."""
         return len(self._canvases)

@@ -10,14 +10,17 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from cluster.core import JobSpec, ModelCard
+from cluster.engines import EngineTraits
 from cluster.errors import EaselError
 from cluster.jobs.doorbell import Doorbell
 from cluster.jobs.records import NewJob
 from cluster.jobs.store import JobStore
 from cluster.rpc import convert
+from cluster.rpc.capabilities import check_engine
 from cluster.rpc.easel.v1 import generation_pb2 as v1
 from cluster.rpc.requests import ParsedRequest, parse_generate
 from cluster.security.identity import Identity
+from cluster.telemetry.tracing import call_traceparent
 from deployments.charge import Submission
 from deployments.feed import Feed
 from deployments.supervisor import Supervisor, leaving_error
@@ -49,11 +52,13 @@ class Intake:
         name: str,
         card: ModelCard,
         tokenizer: Tokenizer,
+        engine: EngineTraits,
         store: JobStore,
         doorbell: Doorbell,
         supervisor: Supervisor,
     ) -> None:
         self._name = name
+        self._engine = engine
         self._tokenizer = tokenizer
         self._store = store
         self._doorbell = doorbell
@@ -74,8 +79,8 @@ class Intake:
 
         `deadline_s` is what is left of the gRPC deadline. A caller that leaves meanwhile does not stop this half-way,
         for Redis may hold the job already: it is finished, and `abandoned` gets the ticket. The job is `who`'s, and is
-        stored under its ids. Raises InvalidRequest, PermissionDenied, QueueFull, QuotaExceeded, RequestIdReused or
-        Unavailable; nothing is stored then.
+        stored under its ids. Raises InvalidRequest, EngineCannot, PermissionDenied, QueueFull, QuotaExceeded,
+        RequestIdReused or Unavailable; nothing is stored then.
         """
         admitting = asyncio.create_task(self._admit(request, who, deadline_s, drafts))
         self._admitting.add(admitting)
@@ -92,8 +97,9 @@ class Intake:
         # Before the digest is made of it: naming one's own tenant is no other request.
         request.tenant = who.tenant_of(request.tenant)
         parsed = await self._parsed(request, deadline_s)
-        job_id = who.stored(parsed.job_id)
-        wanted = replace(parsed.spec, job_id=job_id, wants_drafts=drafts and parsed.spec.wants_drafts)
+        job_id, wants_drafts = who.stored(parsed.job_id), drafts and parsed.spec.wants_drafts
+        traced = call_traceparent.get()
+        wanted = replace(parsed.spec, job_id=job_id, wants_drafts=wants_drafts, traceparent=traced)
         parsed = replace(parsed, job_id=job_id, spec=wanted)
         created, placement = await self._store.submit(self._new_job(parsed))
         if not created:
@@ -138,6 +144,7 @@ class Intake:
         return await asyncio.to_thread(self._parse, request, deadline_s)
 
     def _parse(self, request: v1.GenerateRequest, deadline_s: float | None) -> ParsedRequest:
+        check_engine(request, self._engine, self.card)
         return parse_generate(
             request,
             self.card,
@@ -158,6 +165,7 @@ class Intake:
             prompt_tokens=len(parsed.spec.prompt_tokens),
             timeout_ms=parsed.timeout_ms,
             router=self._name,
+            images=convert.images_to_bytes(parsed.images),
         )
 
 

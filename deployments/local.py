@@ -41,6 +41,7 @@ from cluster.redis_keeper import keep_running
 from cluster.redis_server import RedisServer
 from deployments.app import application
 from deployments.placement import without_place
+from deployments.start_failures import messages, reason
 
 logger = logging.getLogger(__name__)
 
@@ -135,10 +136,16 @@ def _start(
         log_dir=str(orders.home / "logs"),
         ray_dir=ray_dir,
         ray_address=ray.get_runtime_context().gcs_address,
+        metrics_address=_metrics_address(),
     )
     record(cluster)
     owned.callback(lambda: record_path().unlink(missing_ok=True))
     return cluster, redis
+
+
+def _metrics_address() -> str:
+    (node,) = ray.nodes()
+    return f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
 
 
 def _start_redis(orders: Orders, reports: Reports, owned: contextlib.ExitStack) -> tuple[Settings, RedisServer | None]:
@@ -242,23 +249,9 @@ def _result(deployed: Future[Any], stop: threading.Event) -> None:
         raise StartupError(f"the replicas were not ready within {START_TIMEOUT_S:.0f} s")
     error = deployed.exception()
     if error is not None:
-        said = _messages() or str(error)
+        said = "\n".join(messages(APP_NAME).values()) or str(error)
         logger.error("Serve could not deploy: %s", said, exc_info=error)
-        raise StartupError(_reason(said))
-
-
-def _messages() -> str:
-    """What Serve says of the deployments that are not well; it holds the traceback of a failed constructor."""
-    application = serve.status().applications.get(APP_NAME)
-    deployments = application.deployments.values() if application is not None else ()
-    return "\n".join(deployment.message for deployment in deployments if deployment.status != "HEALTHY")
-
-
-def _reason(text: str) -> str:
-    """Serve's message ends with the traceback of the replica's constructor: the last line says what went wrong."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [line for line in lines if line.startswith("cluster.errors.")]
-    return (named or lines or ["Serve could not deploy"])[-1].removeprefix("cluster.errors.")
+        raise StartupError(reason(said))
 
 
 def _say_progress(reports: Reports, said: str) -> str:

@@ -1,4 +1,4 @@
-"""A router's look at Ray: which replicas have no place."""
+"""A router's look at Ray: which replicas have no place, and which cannot start."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 from ray.exceptions import RayError
 
 from deployments.placement import waiting
+from deployments.start_failures import failing
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class PlacementWatch:
         self._thread.start()
 
     def lines(self) -> tuple[str, ...]:
-        """What Ray said last, see `waiting`; empty while every replica has a place."""
+        """What Ray said last, see `waiting` and `failing`; empty while every replica has a place and starts."""
         return self._lines
 
     def close(self) -> None:
@@ -39,7 +40,7 @@ class PlacementWatch:
     def _run(self) -> None:
         while not self._closed.is_set():
             try:
-                self._lines = waiting(self._app_name)
+                self._lines = waiting(self._app_name) + failing(self._app_name)
             except (RayError, RuntimeError, OSError) as error:
                 logger.warning("Ray does not say which replicas wait for a place: %s", error)
             self._closed.wait(LOOK_EVERY_S)

@@ -14,9 +14,10 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster import __version__
 from cluster.checkpoint import check_degree, read_checkpoint
 from cluster.config import Settings
-from cluster.errors import EaselError, EngineError
+from cluster.errors import ConfigError, EaselError, EngineError
 from deployments.engine.api import Engine
 from deployments.engine.torch_tp.ranks import Meeting, Rendezvous, follow_rank, lead_rank
 from deployments.placement import rank_options
@@ -32,8 +33,16 @@ MAX_REASON_CHARS = 400
 class Rank:
     """Rank 1 or above of one replica."""
 
-    def follow(self, folder: str, rendezvous: Rendezvous, rank: int, settings: dict[str, Any]) -> None:
-        """The rank's whole life; see `follow_rank`."""
+    def follow(
+        self, folder: str, rendezvous: Rendezvous, rank: int, settings: dict[str, Any], lead_version: str
+    ) -> None:
+        """The rank's whole life; see `follow_rank`. Raises ConfigError where the lead's Easel is of another version:
+        its `settings` may mean something else here."""
+        if lead_version != __version__:
+            raise ConfigError(
+                f"Easel is {__version__} on its node {ray.util.get_node_ip_address()} and {lead_version} on that of "
+                "rank 0; all nodes must have the same version"
+            )
         follow_rank(folder, rendezvous, rank=rank, **settings)
 
 
@@ -80,7 +89,7 @@ class RankActors:
             place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
             actor: Any = ray.remote(Rank).options(scheduling_strategy=place, **rank_options(denoiser)).remote()
             self._actors.append(actor)
-            self._runs.append(actor.follow.remote(self._settings.checkpoint, rendezvous, rank, settings))
+            self._runs.append(actor.follow.remote(self._settings.checkpoint, rendezvous, rank, settings, __version__))
 
     def _check(self) -> None:
         troubles = self._ended(0)

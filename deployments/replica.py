@@ -12,14 +12,17 @@ from cluster.config import Settings
 from cluster.errors import EaselError, StartupError, Unavailable
 from cluster.jobs.connection import connect_to
 from cluster.jobs.doorbell import Doorbell
+from cluster.jobs.measured import MeasuredJobStore
 from cluster.jobs.records import AssignedJob
-from cluster.jobs.store import JobStore
 from cluster.rpc.easel.internal.v1 import denoiser_pb2_grpc as pb_grpc
 from cluster.rpc.interceptors import EdgeInterceptor
 from cluster.rpc.options import server_options
+from cluster.telemetry import metrics
+from cluster.telemetry.telemetry import Telemetry
 from deployments.denoiser import Denoiser
 from deployments.door import bind_internal
 from deployments.engine.api import Engine
+from deployments.gauges import EngineGauges
 from deployments.heartbeat import Heartbeat
 from deployments.membership import Membership
 
@@ -44,16 +47,22 @@ class Replica:
         *,
         name: str,
         advertised_host: str,
+        telemetry: Telemetry | None = None,
     ) -> None:
+        """`telemetry` stays its maker's to close."""
         state = settings.state
+        self._telemetry = telemetry or Telemetry()
         redis = connect_to(state)
         self._settings = settings
         self._name = name
         self._advertised_host = advertised_host
-        self._store = JobStore.of(redis, state)
+        self._store = MeasuredJobStore.recording(self._telemetry.recorder, redis, state)
         self._doorbell = Doorbell(redis, namespace=state.namespace)
         self._membership = Membership(self._store, engine, name=name)
-        self._denoiser = Denoiser(engine, self._store, decode, membership=self._membership, settings=settings)
+        self._denoiser = Denoiser(
+            engine, self._store, decode, membership=self._membership, settings=settings, telemetry=self._telemetry
+        )
+        self._gauges = EngineGauges(self._telemetry.recorder, engine, name=name)
         self._heartbeat = Heartbeat(self._beat, every_s=state.heartbeat_ms / 1000, name=f"{name}: lease")
         self._server = grpc.aio.server(
             interceptors=(EdgeInterceptor(max_request_bytes=INTERNAL_MAX_BYTES),),
@@ -122,6 +131,7 @@ class Replica:
         """Drain once, whoever asks first."""
         if self._draining is None:
             logger.info("replica %s drains: %s", self._name, message)
+            self._telemetry.recorder.add(metrics.DRAINS)
             work = self._denoiser.drain(message, self._settings.denoiser.drain_timeout_s)
             self._draining = asyncio.create_task(work, name=f"{self._name}: drain")
         return self._draining
@@ -143,6 +153,7 @@ class Replica:
         orders = await self._membership.beat()
         if orders is None:
             return
+        self._gauges.beat(orders)
         self._denoiser.reconcile(orders.assigned, known)
         self._denoiser.disown(orders.assigned)
         if orders.draining:

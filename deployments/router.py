@@ -18,11 +18,13 @@ from cluster import __version__
 from cluster.checkpoint import read_checkpoint
 from cluster.config import Settings
 from cluster.core import ModelCard
+from cluster.engines import ENGINES, EngineTraits
 from cluster.errors import EaselError, StartupError
 from cluster.jobs.connection import connect_to
 from cluster.jobs.doorbell import Doorbell
+from cluster.jobs.measured import MeasuredJobStore
 from cluster.jobs.quotas import quota_rows
-from cluster.jobs.store import JobStore
+from cluster.rpc.calls import CallWatch
 from cluster.rpc.easel.v1 import (
     cluster_pb2,
     cluster_pb2_grpc,
@@ -31,9 +33,11 @@ from cluster.rpc.easel.v1 import (
     jobs_pb2,
     jobs_pb2_grpc,
 )
+from cluster.telemetry.telemetry import Telemetry
 from deployments.charge import Surroundings
 from deployments.cluster_service import ClusterService
 from deployments.door import Door, internal_tls
+from deployments.gauges import tell_cluster
 from deployments.generation import GenerationService
 from deployments.heartbeat import Heartbeat
 from deployments.intake import Intake
@@ -58,44 +62,54 @@ SERVICES = (
 
 
 class Router:
-    """One router process: `start` brings it up, `close` drains it."""
+    """One router process: `start` brings it up, `close` drains it. Its telemetry stays its maker's to close."""
 
-    def __init__(self, settings: Settings, *, name: str, pending: Callable[[], Sequence[str]] = tuple) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        name: str,
+        pending: Callable[[], Sequence[str]] = tuple,
+        engine: EngineTraits | None = None,
+        telemetry: Telemetry | None = None,
+    ) -> None:
         """Read the checkpoint's card and tokenizer; `pending` tells which replicas have no place, a line each.
 
-        Raises CheckpointError, or ConfigError for files of section `security` that cannot be used.
+        `engine` is what the replicas can do; None for what the engine of the settings can. Raises CheckpointError, or
+        ConfigError for files of section `security` that cannot be used.
         """
         self._settings = settings
         self._door = Door(settings)
         self._pending = pending
+        self._telemetry = telemetry or Telemetry()
         self._name = name
-        folder = Path(settings.checkpoint)
-        card = _served_card(read_checkpoint(folder).card, settings)
         state, router = settings.state, settings.router
         redis = connect_to(state)
-        self._store = JobStore.of(redis, state)
+        self._store = MeasuredJobStore.recording(self._telemetry.recorder, redis, state)
         self._doorbell = Doorbell(redis, namespace=state.namespace)
         self._replicas = Replicas(internal_tls(settings))
         self._takes_jobs: frozenset[str] = frozenset()
-        self._supervisor = Supervisor(
-            Surroundings(self._store, self._replicas, self._doorbell, name, state.outage_patience_s)
-        )
-        look_s = router.look_every_ms / 1000
-        self._look = Heartbeat(self._supervisor.look, every_s=look_s, name=f"{name}: look at the queue")
-        self._intake = Intake(
-            name=name,
-            card=card,
-            tokenizer=Tokenizer(folder),
-            store=self._store,
-            doorbell=self._doorbell,
-            supervisor=self._supervisor,
-        )
+        shared = (self._store, self._replicas, self._doorbell, name, state.outage_patience_s, self._telemetry)
+        self._supervisor = Supervisor(Surroundings(*shared))
+        self._look = Heartbeat(self._supervisor.look, every_s=router.look_every_ms / 1000, name=f"{name}: look")
+        self._intake = self._make_intake(engine or ENGINES[settings.denoiser.engine])
         self._generation = GenerationService(self._intake, self._supervisor)
         self._health = health_aio.HealthServicer()
         self._heartbeat = Heartbeat(self._beat, every_s=state.heartbeat_ms / 1000, name=f"{name}: lease")
         self._server: grpc.aio.Server | None = None
         self._probes: grpc.aio.Server | None = None
         self._closing: asyncio.Task[None] | None = None
+
+    def _make_intake(self, engine: EngineTraits) -> Intake:
+        return Intake(
+            name=self._name,
+            card=_served_card(self._settings),
+            tokenizer=Tokenizer(Path(self._settings.checkpoint)),
+            engine=engine,
+            store=self._store,
+            doorbell=self._doorbell,
+            supervisor=self._supervisor,
+        )
 
     async def start(self) -> int:
         """Register in Redis and serve; returns the port. Raises StartupError, ConfigError or Unavailable."""
@@ -162,7 +176,7 @@ class Router:
                 return server, bound
 
     def _server_with_services(self) -> grpc.aio.Server:
-        server = self._door.server()
+        server = self._door.server(CallWatch(self._telemetry))
         generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, server)
         jobs = JobService(self._intake, self._store)
         jobs_pb2_grpc.add_JobsServicer_to_server(jobs, server)
@@ -185,6 +199,7 @@ class Router:
         try:
             await self._supervisor.reconcile(await self._store.heartbeat_router(self._name))
             view = await self._store.view()
+            tell_cluster(self._telemetry.recorder, view, await self._store.waiting())
         except EaselError:
             await self._say(serving=False)
             raise
@@ -201,7 +216,7 @@ class Router:
             await self._health.set(service, known.SERVING if well else known.NOT_SERVING)
 
 
-def _served_card(card: ModelCard, settings: Settings) -> ModelCard:
+def _served_card(settings: Settings) -> ModelCard:
     """The model as its replicas serve it: a request is checked against the context that they have room for."""
-    limit = settings.denoiser.max_context_tokens
+    card, limit = read_checkpoint(Path(settings.checkpoint)).card, settings.denoiser.max_context_tokens
     return card if limit is None else replace(card, max_context_tokens=min(limit, card.max_context_tokens))

@@ -40,12 +40,17 @@ class StepLoop:
         on_report: Callable[[StepReport, Checkpoints], None],
         on_failure: Callable[[EngineError], None],
         checkpoint_every_steps: int = 0,
+        on_step: Callable[[float], None] = lambda took_s: None,
     ) -> None:
-        """With `checkpoint_every_steps` above 0, every so many steps of a canvas are reported with its checkpoint."""
+        """With `checkpoint_every_steps` above 0, every so many steps of a canvas are reported with its checkpoint.
+
+        `on_step` hears on the thread how long each step took, in seconds.
+        """
         self._engine = engine
         self._on_report = on_report
         self._on_failure = on_failure
         self._every_steps = checkpoint_every_steps
+        self._on_step = on_step
         self._wake = threading.Condition()
         self._starts: deque[tuple[EngineJob, Future[None]]] = deque()
         self._stops: deque[str] = deque()
@@ -179,7 +184,9 @@ class StepLoop:
         return True
 
     def _step(self) -> None:
+        began_s = time.monotonic()
         report = self._engine.step()
+        self._on_step(time.monotonic() - began_s)
         checkpoints = self._checkpoints(report) if self._every_steps else {}
         with self._wake:
             # Under the lock, so that nothing is reported once `abandon` has returned.

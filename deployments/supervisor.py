@@ -131,7 +131,8 @@ class Supervisor:
             left_s = (record.deadline_ms - record.now_ms) / 1000
             deadline_s = asyncio.get_running_loop().time() + left_s
         # Its callers are elsewhere, or come back: their leaving is no sign that nobody wants the answer.
-        self.begin(Submission(spec, deadline_s), None).attached += 1
+        waited_s = (record.now_ms - record.created_ms) / 1000
+        self.begin(Submission(spec, deadline_s, waited_s), None).attached += 1
 
     def _run_beside(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(_logged(work))

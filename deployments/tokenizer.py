@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
+from cluster.core import Content, Image, Turn
 from cluster.errors import CheckpointError
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -26,21 +27,34 @@ class Tokenizer:
         self._names = {name: _token_text(settings.get(name)) for name in SPECIAL_TOKENS}
         self._template = _load_template(folder, settings)
 
-    def encode_messages(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+    def encode_messages(self, messages: Sequence[Turn]) -> list[int]:
         """Token ids of a chat of (role, content) pairs, ready for the model to answer.
 
-        Raises ValueError with the template's own reason when it refuses the chat.
+        The template puts a token for each image; what the image takes beyond that is the engine's to put there. Raises
+        ValueError with the template's own reason when it refuses the chat.
         """
-        turns = [{"role": role, "content": content} for role, content in messages]
+        turns = [{"role": role, "content": _content(content)} for role, content in messages]
         try:
             text = self._template.render(messages=turns, add_generation_prompt=True, **self._names)
         except TemplateError as error:
             raise ValueError(str(error)) from None
+        except TypeError as error:
+            # Templates that only know texts add them up.
+            if all(isinstance(content, str) for _, content in messages):
+                raise
+            raise ValueError(f"it takes only texts ({error})") from None
         return list(self._tokens.encode(text, add_special_tokens=False).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids; special tokens have none."""
         return str(self._tokens.decode(list(tokens), skip_special_tokens=True))
+
+
+def _content(content: Content) -> str | list[dict[str, str]]:
+    """In the form that chat templates of models with vision expect."""
+    if isinstance(content, str):
+        return content
+    return [{"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part} for part in content]
 
 
 def _load_tokens(path: Path) -> FastTokenizer:

@@ -18,7 +18,7 @@ class ChaosOptions:
     """`jobs` are drawn from `seed`; something is killed every `kill_every_s`, as soon as that leaves one alive.
 
     `in_flight` is the most jobs at once; every second group of jobs comes at half of that, so that both a free slot
-    and a queue are met. `replicas`, `routers` and `slots` shape the cluster that is started.
+    and a queue are met. `replicas`, `routers`, `tp` and `slots` shape the cluster that is started.
     """
 
     jobs: int = 200
@@ -26,6 +26,7 @@ class ChaosOptions:
     kill_every_s: float = 2.0
     replicas: int = 2
     routers: int = 2
+    tp: int = 1
     slots: int = 12
     in_flight: int = 24
 
@@ -35,5 +36,5 @@ class ChaosOptions:
             "checkpoint": str(DEFAULT_CHECKPOINT),
             "state": {"max_attempts": MAX_ATTEMPTS},
             "router": {"replicas": self.routers, "port": free_port()},
-            "denoiser": {"replicas": self.replicas, "slots": self.slots},
+            "denoiser": {"replicas": self.replicas, "slots": self.slots, "tp": self.tp},
         }

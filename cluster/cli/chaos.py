@@ -38,6 +38,7 @@ MOST_LINES = 60
 )
 @click.option("--replicas", type=click.IntRange(1), default=DEFAULTS.replicas, show_default=True, help="Replicas.")
 @click.option("--routers", type=click.IntRange(1), default=DEFAULTS.routers, show_default=True, help="Routers.")
+@click.option("--tp", type=click.IntRange(1, 64), default=DEFAULTS.tp, show_default=True, help="Ranks per replica.")
 @click.option("--slots", type=click.IntRange(1), default=DEFAULTS.slots, show_default=True, help="Slots per replica.")
 @click.option(
     "--in-flight", type=click.IntRange(1), default=DEFAULTS.in_flight, show_default=True, help="Jobs at once."

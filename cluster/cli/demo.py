@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 
 from cluster import embedded
+from cluster.cli.connection import open_client
 from cluster.cli.demo_board import DemoJob, LineBoard, LiveBoard, summary_table, totals_line
 from cluster.cli.live import make_console, on_terminal
 from cluster.cli.signals import sigterm_interrupts
@@ -67,7 +68,7 @@ def load_jobs(path: Path) -> list[DemoJob]:
 
 async def run_demo(address: str, jobs: list[DemoJob], console: Console) -> bool:
     """Run all jobs at once, show them, and print the summary; True when every answer is right."""
-    async with EaselClient(address) as client:
+    async with open_client(address) as client:
         await client.wait_ready(READY_S)
         live = on_terminal()
         board = LiveBoard(console, jobs) if live else LineBoard(console)

@@ -68,7 +68,9 @@ def drain(replica: str, timeout_s: float, as_json: bool, address: str | None) ->
 
 async def _drain(client: EaselClient, draining: Drain, *, quiet: bool) -> None:
     view = await client.status()
-    draining.replica = chosen(draining.replica, [row.replica for row in view.replicas])
+    # Who may not drain sees no replicas; the cluster says so by itself.
+    if view.replicas or not view.slots:
+        draining.replica = chosen(draining.replica, [row.replica for row in view.replicas])
     draining.moved_jobs = draining.left_jobs = await client.drain(draining.replica)
     said = None
     while row := _row(draining.replica, (await client.status()).replicas):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
@@ -10,12 +11,16 @@ from cluster.errors import (
     ConfigError,
     DeadlineExceeded,
     EaselError,
+    EngineCannot,
     EngineError,
     InvalidRequest,
     JobCancelled,
     JobFailed,
+    PermissionDenied,
     QueueFull,
+    QuotaExceeded,
     RequestIdReused,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -29,8 +34,12 @@ _EXIT_CODES: tuple[tuple[type[EaselError], int], ...] = (
     (InvalidRequest, EXIT_INVALID),
     (ConfigError, EXIT_INVALID),
     (RequestIdReused, EXIT_INVALID),
+    (Unauthenticated, EXIT_INVALID),
+    (PermissionDenied, EXIT_INVALID),
+    (EngineCannot, EXIT_INVALID),
     (Unavailable, EXIT_UNAVAILABLE),
     (QueueFull, EXIT_UNAVAILABLE),
+    (QuotaExceeded, EXIT_UNAVAILABLE),
     (DeadlineExceeded, EXIT_JOB),
     (JobCancelled, EXIT_JOB),
     (JobFailed, EXIT_JOB),
@@ -38,6 +47,8 @@ _EXIT_CODES: tuple[tuple[type[EaselError], int], ...] = (
 )
 # Fields of a request that the command fills from something with another name.
 _SPOKEN = {"text": "prompt", "timeout": "--timeout-s", "job_id": "job id", "replica": "replica", "request": "request"}
+# The command sends images as the first parts of its only message, and a prompt beside them as the last.
+_IMAGE = re.compile(r"messages\[0\]\.parts\[(\d+)\]\.image")
 
 
 class ReportingGroup(click.Group):
@@ -71,7 +82,10 @@ def error_lines(error: EaselError) -> list[str]:
 
 
 def spoken_field(field: str) -> str:
-    """`--t-min` for sampling.t_min, `prompt` for text."""
+    """`--t-min` for sampling.t_min, `prompt` for text, `--image[0]` for the first image."""
+    image = _IMAGE.match(field.removeprefix("request."))
+    if image:
+        return f"--image[{image[1]}]"
     name, bracket, index = field.removeprefix("request.").removeprefix("sampling.").partition("[")
     spoken = _SPOKEN.get(name, f"--{name.replace('_', '-')}")
     return spoken + bracket + index
@@ -81,6 +95,10 @@ def hint_for(error: EaselError) -> str | None:
     """What to do about an error, where that is not plain from the error itself."""
     if isinstance(error, Unavailable) and str(error).startswith("no cluster answers"):
         return "start one with `easel up`, or name another with --address host:port"
+    if isinstance(error, Unauthenticated):
+        return "set EASEL_API_KEY, or EASEL_API_KEY_FILE to a file that holds the key"
+    if isinstance(error, Unavailable) and str(error).startswith("no trusted cluster answers"):
+        return "see --ca-file, --cert-file and --server-name of `easel --help`"
     if isinstance(error, QueueFull):
         return "the queue is full: try again later, or look at `easel status`"
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,7 +12,7 @@ from rich.table import Table
 from cluster.cli.connection import address_option, json_option, with_client
 from cluster.cli.live import make_console, on_terminal, printable, show_live, usage_words
 from cluster.cli.output import job_json, print_json
-from cluster.cli.request_options import read_prompt, request_options, to_request_options
+from cluster.cli.request_options import image_option, prompt_of, request_options, to_request_options
 from cluster.client import Committed, EaselClient, JobAttempt, JobView
 from cluster.rpc.easel.v1 import jobs_pb2
 
@@ -20,17 +21,18 @@ STATES = [name.removeprefix("JOB_STATE_").lower() for name in jobs_pb2.JobState.
 
 @click.command()
 @click.argument("prompt")
+@image_option
 @request_options
 @json_option
 @address_option
-def submit(prompt: str, as_json: bool, address: str | None, **values: Any) -> None:  # noqa: ANN401
+def submit(prompt: str, images: tuple[Path, ...], as_json: bool, address: str | None, **values: Any) -> None:  # noqa: ANN401
     """Store a job for PROMPT ("-" reads standard input) and print its id at once.
 
     Read it later with `easel get`, or follow it with `easel watch`.
     """
     options = to_request_options(values)
-    text = read_prompt(prompt)
-    job = with_client(address, lambda client: client.submit(text, drafts=True, **options))
+    asked = prompt_of(prompt, images)
+    job = with_client(address, lambda client: client.submit(asked, drafts=True, **options))
     if as_json:
         print_json(job_json(job))
     else:

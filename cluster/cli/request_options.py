@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
 
 from cluster.core import Priority
-from cluster.rpc.prompts import RequestOptions
+from cluster.rpc.prompts import Prompt, RequestOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -43,9 +44,25 @@ def request_options(command: Command) -> Command:
     return command
 
 
+image_option = click.option(
+    "--image",
+    "images",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="A PNG, JPEG or WebP that comes before the prompt; may be repeated.",
+)
+
+
 def to_request_options(values: Mapping[str, Any]) -> RequestOptions:
     """The keywords of a command as options of the client."""
     return cast(RequestOptions, {**values, "priority": Priority[values["priority"].upper()]})
+
+
+def prompt_of(argument: str, images: Sequence[Path]) -> Prompt:
+    """What the command line asks for: a text, or a message of images and the text."""
+    text = read_prompt(argument)
+    return [("user", [*images, text])] if images else text
 
 
 def read_prompt(argument: str) -> str:

@@ -17,7 +17,7 @@ from cluster.client import ClusterView
 @json_option
 @address_option
 def status(as_json: bool, address: str | None) -> None:
-    """Show replicas, slots in use, the queue and the routers, and what replicas without a place wait for."""
+    """Show replicas, slots in use, the queue and the routers, and why replicas that should run do not."""
     view = with_client(address, lambda client: client.status())
     if as_json:
         print_json(asdict(view))

@@ -25,6 +25,7 @@ class Caller:
         self._fixed = self._keys.fixed
         self._scripts = Scripts(redis)
         self._limits = Limits(**limits)
+        self._has_quotas = False
 
     @classmethod
     def of(cls, redis: Redis, state: StateSettings) -> Self:

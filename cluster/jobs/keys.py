@@ -22,6 +22,8 @@
     {ns}:bucket:<tenant>     HASH    tokens, at_ms: requests a second
     {ns}:schema              STRING  version of these names and of what is behind them
     {ns}:checkpoint:<job>    HASH    version, canvas_index, step, payload: the canvas in progress
+    {ns}:images:<job>        STRING  easel.internal.v1.JobImages of a job that brought images, until it ends
+    {ns}:image_bytes         INT     bytes of all of these
     {ns}:owned:<router>      SET     jobs that have not ended and that this router has charge of
     {ns}:replica:<replica>   HASH    address, model, version, slots, stats, last_assigned_seq, draining,
                                      suspect (until then, ms), strikes
@@ -89,6 +91,10 @@ class Keys:
         return f"{self.base}:jobs"
 
     @property
+    def queue(self) -> str:
+        return f"{self.base}:queue"
+
+    @property
     def replicas(self) -> str:
         return f"{self.base}:replicas"
 
@@ -107,6 +113,10 @@ class Keys:
     def checkpoint(self, job_id: str) -> str:
         """The canvas in progress of a job. Raises InvalidRequest for an id that no job can have."""
         return f"{self.base}:checkpoint:{checked_id('job_id', job_id)}"
+
+    def images(self, job_id: str) -> str:
+        """The images of a job. Raises InvalidRequest for an id that no job can have."""
+        return f"{self.base}:images:{checked_id('job_id', job_id)}"
 
     def replica(self, replica: str) -> str:
         """The slot row of a replica."""

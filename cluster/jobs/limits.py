@@ -13,6 +13,7 @@ class Limits:
 
     `max_attempts` runs in a row may be lost without a new canvas; the last of them fails the job. A job preempted
     `max_preemptions` times is no victim any more. A waiting job gains a level every `aging_ms`.
+    The images of all jobs that have not ended take at most `image_limit_bytes`.
     """
 
     queue_limit: int = 1000
@@ -22,6 +23,7 @@ class Limits:
     max_attempts: int = 3
     max_preemptions: int = 3
     aging_ms: int = 60_000
+    image_limit_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():

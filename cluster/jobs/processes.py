@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import cast
 
 from cluster.jobs.caller import Caller
+from cluster.jobs.connection import redis_errors
 from cluster.jobs.keys import checked_id
 from cluster.jobs.records import ClusterView, ReplicaHello, ReplicaOrders, parse_orders, parse_replica, short
 from cluster.jobs.scripts import Call, Reply
 from cluster.jobs.states import AttemptEnd
+from cluster.policy.ordering import OLDEST, members_of_level
 
 _PLACED_PER_LOOK = 256
 _REAPED_PER_LOOK = 256
@@ -69,7 +71,11 @@ class Processes(Caller):
         await self._run(self._call("leave_router", args=(checked_id("router", router),)))
 
     async def set_quotas(self, rows: Mapping[str, str]) -> None:
-        """Replace the limits of all tenants by these (cluster.jobs.quotas); jobs that they let in are placed."""
+        """Replace the limits of all tenants by these (cluster.jobs.quotas); jobs that they let in are placed.
+
+        Jobs that this store submits count from now on, unless there are no limits.
+        """
+        self._has_quotas = bool(rows)
         flat = tuple(word for row in rows.items() for word in row)
         await self._run(self._call("quotas", args=flat))
 
@@ -81,6 +87,19 @@ class Processes(Caller):
             routers=tuple(router.decode() for router in cast("list[bytes]", routers)),
             queued=cast(int, queued),
         )
+
+    async def waiting(self) -> dict[int, int]:
+        """How many jobs wait at each level of the queue (cluster/policy/ordering.py), all levels named.
+
+        Those that a quota holds are in none: no slot would help them.
+        """
+        levels = range(1, OLDEST + 1)
+        with redis_errors(self._limits.retry_after_ms):
+            pipeline = self._redis.pipeline(transaction=False)
+            for level in levels:
+                pipeline.zlexcount(self._keys.queue, *members_of_level(level))
+            counts = cast("list[int]", await pipeline.execute())
+        return dict(zip(levels, counts, strict=True))
 
     def _assign(self, job_id: str) -> Call:
         return self._call("assign", args=(_PLACED_PER_LOOK, job_id))

@@ -14,7 +14,8 @@ from cluster.jobs.states import JobState
 class NewJob:
     """A job to submit. `spec` is a serialised easel.internal.v1.JobSpec, `digest` tells bodies apart.
 
-    `timeout_ms` counts from the moment Redis accepts the job; None means no deadline. `router` is the owner.
+    `timeout_ms` counts from the moment Redis accepts the job; None means no deadline. `router` is the owner. `images`
+    is a serialised easel.internal.v1.JobImages, empty for a job without images.
     """
 
     job_id: str
@@ -26,6 +27,7 @@ class NewJob:
     prompt_tokens: int
     timeout_ms: int | None
     router: str
+    images: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

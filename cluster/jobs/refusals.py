@@ -39,6 +39,9 @@ def refusal(error: ResponseError, job_id: str, tried: str, *, retry_after_ms: in
             known = _over_quota(state, epoch, int(next_index) or retry_after_ms)
         case "QUEUE_FULL":
             known = _queue_full(retry_after_ms)
+        case "IMAGES_FULL":
+            full = "the images of jobs that have not ended take all of state.image_limit_bytes"
+            known = QueueFull(f"{full}; come back in {retry_after_ms} ms", retry_after_ms=retry_after_ms)
         case _:
             known = None
     return known

@@ -46,12 +46,14 @@ class JobStore(Processes):
     async def submit(self, job: NewJob) -> tuple[bool, Placement | None]:
         """Store a job and place what can be placed. Returns whether it is new, and where it runs if it does.
 
-        Raises RequestIdReused when the id has another digest, QueueFull at the limit of waiting jobs.
+        Raises RequestIdReused when the id has another digest, QueueFull at the limit of waiting jobs or of images.
         """
         timeout_ms = "" if job.timeout_ms is None else job.timeout_ms
         who = (job.digest, job.spec, int(job.priority), job.tenant, str(job.seed))
-        args = (*who, job.prompt_tokens, timeout_ms, checked_id("router", job.router), self._limits.queue_limit)
-        submit = self._on_job("submit", job.job_id, *args)
+        where = (checked_id("router", job.router), self._limits.queue_limit)
+        bounds = (self._limits.image_limit_bytes, int(self._has_quotas))
+        args = (job.job_id, *who, job.prompt_tokens, timeout_ms, *where, job.images, *bounds)
+        submit = self._call("submit", (self._keys.job(job.job_id), self._keys.images(job.job_id)), args)
         created, assigned = await self._run_all((submit, self._assign(job.job_id)), job.job_id, "submit")
         row = cast("list[bytes]", assigned)[1:]
         return created == 1, _placement(job.job_id, row)
@@ -118,6 +120,11 @@ class JobStore(Processes):
             return None
         version, canvas_index, step, payload = cast("list[bytes]", row)
         return Checkpoint(version.decode(), int(canvas_index), int(step), payload)
+
+    async def images(self, job_id: str) -> bytes | None:
+        """The images that a job brought, as they were submitted; None for one that brought none, or has ended."""
+        with redis_errors(self._limits.retry_after_ms):
+            return cast("bytes | None", await self._redis.get(self._keys.images(job_id)))
 
     async def release(
         self,

@@ -53,6 +53,11 @@ def queue_member(entry: QueueEntry) -> str:
     return f"{9 - entry.level}:{deadline_ms:016d}:{entry.sequence:016d}:{entry.job_id}"
 
 
+def members_of_level(level: int) -> tuple[str, str]:
+    """The bounds, for ZRANGEBYLEX and its like, of all members of a level."""
+    return f"[{9 - level}:", f"({9 - level};"  # ";" comes next after ":"
+
+
 def parse_member(member: str) -> QueueEntry:
     """What `member` says; the inverse of `queue_member`. Raises ValueError for any other string."""
     parts = member.split(":", 3)

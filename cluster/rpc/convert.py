@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -10,6 +11,7 @@ from cluster.core import (
     Canvas,
     Draft,
     FinishReason,
+    Image,
     JobSpec,
     Priority,
     ReplicaRow,
@@ -40,6 +42,8 @@ def job_spec_to_proto(spec: JobSpec) -> denoiser_pb2.JobSpec:
         priority=int(spec.priority),
         tenant=spec.tenant,
         drafts=spec.wants_drafts,
+        image_count=spec.image_count,
+        traceparent=spec.traceparent,
     )
 
 
@@ -63,7 +67,20 @@ def job_spec_from_proto(message: denoiser_pb2.JobSpec) -> JobSpec:
         priority=Priority(message.priority),
         tenant=message.tenant,
         wants_drafts=message.drafts,
+        image_count=message.image_count,
+        traceparent=message.traceparent,
     )
+
+
+def images_to_bytes(images: Sequence[Image]) -> bytes:
+    """The form in which Redis keeps a job's images; empty for none."""
+    kept = (denoiser_pb2.Image(data=image.data, mime_type=image.mime_type) for image in images)
+    return denoiser_pb2.JobImages(images=kept).SerializeToString()
+
+
+def images_from_bytes(kept: bytes) -> tuple[Image, ...]:
+    """The inverse of `images_to_bytes`."""
+    return tuple(Image(image.data, image.mime_type) for image in denoiser_pb2.JobImages.FromString(kept).images)
 
 
 def canvas_to_proto(canvas: Canvas) -> denoiser_pb2.CommittedCanvas:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypedDict
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypedDict
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -14,8 +16,14 @@ from cluster.rpc import convert
 from cluster.rpc.easel.v1 import generation_pb2
 from cluster.rpc.sampling import shown
 
-Message = Mapping[str, str] | tuple[str, str]
+# A text, an image's data, or the path of an image's file.
+Part = str | bytes | PathLike[str]
+Said = str | Sequence[Part]
+Message = Mapping[str, Any] | tuple[str, Said]
 Prompt = str | Sequence[Message]
+
+# No router takes more than this in one request: such a file need not be read.
+MAX_FILE_BYTES = 64 * 2**20
 
 _SAMPLING = (
     "seed",
@@ -62,9 +70,12 @@ def build_request(
 ) -> generation_pb2.GenerateRequest:
     """A request with an id, so that repeating it joins the same job instead of starting another.
 
+    A message is (role, content) or a mapping with these keys. Its content is a text, or a list of texts (str), images
+    (bytes) and files of images (paths, read here) in the order in which they are to be read.
+
     Raises InvalidRequest for what the wire format cannot carry (a number out of its type's range, text that
-    is not Unicode, an unknown role), TypeError for an unknown option or a value of the wrong type. All other
-    limits are the router's to check.
+    is not Unicode, an unknown role) and for a file that cannot be read, TypeError for an unknown option or a
+    value of the wrong type. All other limits are the router's to check.
     """
     unknown = set(options) - _NAMES
     if unknown:
@@ -97,7 +108,33 @@ def _add_message(request: generation_pb2.GenerateRequest, index: int, message: M
         what = f"is {shown(role)}; allowed are {', '.join(_ROLES)}"
         raise InvalidRequest([Violation(f"messages[{index}].role", what)])
     turn = request.messages.add(role=_ROLES[role])
-    _put("content", content, turn, prefix=f"messages[{index}].")
+    if isinstance(content, str):
+        _put("content", content, turn, prefix=f"messages[{index}].")
+        return
+    for place, part in enumerate(content):
+        _add_part(turn, f"messages[{index}].parts[{place}].", part)
+
+
+def _add_part(turn: generation_pb2.ChatMessage, at: str, part: Part) -> None:
+    if isinstance(part, str):
+        _put("text", part, turn.parts.add(), prefix=at)
+    elif isinstance(part, bytes):
+        turn.parts.add().image.data = part
+    elif isinstance(part, PathLike):
+        turn.parts.add().image.data = _read(f"{at}image", Path(part))
+    else:
+        raise TypeError(f"{at[:-1]} is {type(part).__name__}; allowed are str, bytes and paths")
+
+
+def _read(field: str, path: Path) -> bytes:
+    try:
+        size_bytes = path.stat().st_size
+        if size_bytes <= MAX_FILE_BYTES:
+            return path.read_bytes()
+    except OSError as error:
+        raise InvalidRequest([Violation(field, f"is {str(path)!r}; {error.strerror or error}")]) from None
+    what = f"is {str(path)!r} of {size_bytes} bytes; at most {MAX_FILE_BYTES} can be sent"
+    raise InvalidRequest([Violation(field, what)])
 
 
 def _set_sampling(sampling: generation_pb2.SamplingParams, options: RequestOptions) -> None:

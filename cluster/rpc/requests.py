@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
-from cluster.core import JobSpec, ModelCard, Priority, SamplingParams, Violation
+from cluster.core import Image, JobSpec, ModelCard, Priority, SamplingParams, Turn, Violation
 from cluster.errors import InvalidRequest
 from cluster.rpc import convert
+from cluster.rpc.chat import bad_messages, characters_of, turns_of
 from cluster.rpc.easel.v1 import generation_pb2, jobs_pb2
+from cluster.rpc.images import bad_images, bad_places, images_of
 from cluster.rpc.sampling import resolve_sampling, room_tokens, shown
 
 MAX_STOPS = 16
@@ -33,33 +35,30 @@ MAX_VIOLATIONS_PER_LIST = 8
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ID_RULE = "allowed are 1 to 128 of letters, digits, '.', '_', ':' and '-'"
-_ROLES = {
-    generation_pb2.ROLE_SYSTEM: "system",
-    generation_pb2.ROLE_USER: "user",
-    generation_pb2.ROLE_ASSISTANT: "assistant",
-}
 _PROMPT_FIELDS = "exactly one of text, messages and token_ids must be set"
 
 
 class Encoder(Protocol):
     """The part of a checkpoint's tokenizer that a router needs."""
 
-    def encode_messages(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Token ids of a chat of (role, content) pairs with the chat template applied; roles are "system",
-        "user" and "assistant". Raises ValueError with a reason when the template refuses the chat.
+    def encode_messages(self, messages: Sequence[Turn]) -> list[int]:
+        """Token ids of a chat of (role, content) pairs with the chat template applied, which puts the model's image
+        token where an image is; roles are "system", "user" and "assistant". Raises ValueError with a reason when the
+        template refuses the chat.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
     """A request that can be run. `digest` is equal for equal bodies: it tells a repeated request id from a
-    reused one. `timeout_ms` counts from acceptance; None means no limit.
+    reused one. `timeout_ms` counts from acceptance; None means no limit. `images` are those of the prompt, in order.
     """
 
     job_id: str
     digest: str
     spec: JobSpec
     timeout_ms: int | None
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +86,17 @@ def parse_generate(
     violations found.
     """
     bad: list[Violation] = []
-    prompt_tokens = _prompt_tokens(request, card, encoder, bad)
-    sampling = resolve_sampling(request.sampling, card, len(prompt_tokens), new_seed, bad)
+    images = images_of(request.messages)
+    prompt_tokens = _prompt_tokens(request, card, encoder, len(images), bad)
+    context_tokens = card.context_tokens(len(prompt_tokens), len(images)) if prompt_tokens else 0
+    sampling = resolve_sampling(request.sampling, card, context_tokens, new_seed, bad)
     bad.extend(_envelope(request))
     timeout_ms = _timeout_ms(request, deadline_ms, bad)
     if bad or sampling is None:
         raise InvalidRequest(bad)
     job_id = request.request_id or new_id()
-    spec = _spec(request, job_id, prompt_tokens, sampling)
-    return ParsedRequest(job_id, digest_of(request), spec, timeout_ms)
+    spec = replace(_spec(request, job_id, prompt_tokens, sampling), image_count=len(images))
+    return ParsedRequest(job_id, digest_of(request), spec, timeout_ms, images)
 
 
 @contextmanager
@@ -132,7 +133,7 @@ def digest_of(request: generation_pb2.GenerateRequest) -> str:
 
 
 def _prompt_tokens(
-    request: generation_pb2.GenerateRequest, card: ModelCard, encoder: Encoder, bad: list[Violation]
+    request: generation_pb2.GenerateRequest, card: ModelCard, encoder: Encoder, images: int, bad: list[Violation]
 ) -> list[int]:
     """The context, or an empty list with the reason in `bad`."""
     name, problems, encode = _prompt(request, card, encoder)
@@ -144,7 +145,7 @@ def _prompt_tokens(
     except ValueError as error:
         bad.append(Violation(name, f"the model's chat template refuses it: {error}"))
         return []
-    bad_size = _bad_size(name, len(tokens), card)
+    bad_size = [*bad_places(name, tokens, images, card), *_bad_size(name, len(tokens), images, card)]
     bad.extend(bad_size)
     return [] if bad_size else tokens
 
@@ -163,18 +164,14 @@ def _prompt(
         problems = [*_bad_text(request.text), *_bad_length(name, len(request.text), card)]
         return name, problems, lambda: encoder.encode_messages([("user", request.text)])
     if name == "messages":
-        characters = sum(len(message.content) for message in request.messages)
-        problems = [*_some(_bad_messages(request.messages), name), *_bad_length(name, characters, card)]
-        return name, problems, lambda: encoder.encode_messages(_turns(request.messages))
+        problems = [*_some(bad_messages(request.messages), name)]
+        problems += [*bad_images(request.messages), *_bad_length(name, characters_of(request.messages), card)]
+        return name, problems, lambda: encoder.encode_messages(turns_of(request.messages))
     return name, _some(_bad_tokens(request.token_ids, card), name), lambda: list(request.token_ids)
 
 
 def _is_given(request: generation_pb2.GenerateRequest, name: str) -> bool:
     return request.HasField("text") if name == "text" else bool(getattr(request, name))
-
-
-def _turns(messages: Iterable[generation_pb2.ChatMessage]) -> list[tuple[str, str]]:
-    return [(_ROLES[message.role], message.content) for message in messages]
 
 
 def _bad_text(text: str) -> Iterator[Violation]:
@@ -190,20 +187,6 @@ def _bad_length(name: str, characters: int, card: ModelCard) -> Iterator[Violati
         yield Violation(name, what)
 
 
-def _bad_messages(messages: Iterable[generation_pb2.ChatMessage]) -> Iterator[Violation]:
-    for index, message in enumerate(messages):
-        if message.role not in _ROLES:
-            what = f"is {_role_name(message.role)}; allowed are ROLE_SYSTEM, ROLE_USER and ROLE_ASSISTANT"
-            yield Violation(f"messages[{index}].role", what)
-        if not message.content.strip():
-            what = f"is {shown(message.content)}; a message must hold something besides white space"
-            yield Violation(f"messages[{index}].content", what)
-
-
-def _role_name(value: generation_pb2.Role.ValueType) -> str:
-    return generation_pb2.Role.Name(value) if value in generation_pb2.Role.values() else str(value)
-
-
 def _bad_tokens(token_ids: Sequence[int], card: ModelCard) -> Iterator[Violation]:
     for index, token in enumerate(token_ids):
         if not 0 <= token < card.vocab_size:
@@ -217,14 +200,16 @@ def _some(violations: Iterator[Violation], name: str) -> list[Violation]:
     return [*first, Violation(name, f"{more} more values are wrong")] if more else first
 
 
-def _bad_size(name: str, prompt_tokens: int, card: ModelCard) -> list[Violation]:
-    if prompt_tokens == 0:
+def _bad_size(name: str, encoded_tokens: int, images: int, card: ModelCard) -> list[Violation]:
+    if encoded_tokens == 0:
         return [Violation(name, "encodes to no tokens; a prompt needs at least one")]
+    prompt_tokens = card.context_tokens(encoded_tokens, images)
     if room_tokens(card, prompt_tokens) >= card.canvas_tokens:
         return []
     most = card.max_context_tokens - card.canvas_tokens
+    with_images = f" with its {images} images" if images else ""
     what = (
-        f"is {prompt_tokens} tokens long; at most {most} fit, for the context holds "
+        f"is {prompt_tokens} tokens long{with_images}; at most {most} fit, for the context holds "
         f"{card.max_context_tokens} and one canvas of {card.canvas_tokens} must have room"
     )
     return [Violation(name, what)]

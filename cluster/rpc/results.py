@@ -125,7 +125,7 @@ class JobView:
 class ClusterView:
     """The cluster at one moment. `version` is that of the router that answered.
 
-    `pending` tells, in lines for people, what replicas without a place wait for.
+    `pending` tells, in lines for people, what replicas without a place wait for, and why others do not start.
     """
 
     replicas: tuple[ReplicaRow, ...]

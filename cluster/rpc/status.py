@@ -23,8 +23,10 @@ from cluster.errors import (
     EaselError,
     InvalidRequest,
     JobNotFound,
+    PermissionDenied,
     QueueFull,
     RequestIdReused,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -41,6 +43,8 @@ _BY_CODE: dict[grpc.StatusCode, type[EaselError]] = {
     grpc.StatusCode.ALREADY_EXISTS: RequestIdReused,
     grpc.StatusCode.RESOURCE_EXHAUSTED: QueueFull,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     # Easel's own cancels carry details, and a caller that cancels gets no status: a bare one is a server going down.
     grpc.StatusCode.CANCELLED: Unavailable,

@@ -34,7 +34,7 @@ class Identity:
         return self.tenant if self.scoped else ""
 
     def tenant_of(self, named: str) -> str:
-        """The tenant of a request that names one, or none. Raises PermissionDenied for another than the credential's."""
+        """The tenant of a request that names one or none. Raises PermissionDenied for another than the credential's."""
         if not self.scoped:
             return named
         if named not in ("", self.tenant):

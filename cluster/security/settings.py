@@ -20,7 +20,7 @@ class _Frozen(BaseModel):
 
 
 class TlsSettings(_Frozen):
-    """The public port over TLS: PEM files, read again when they change. `client_ca_file` asks callers for certificates."""
+    """The public port over TLS: PEM files, read again when they change. `client_ca_file`: callers need certificates."""
 
     cert_file: FileName
     key_file: FileName
@@ -28,7 +28,7 @@ class TlsSettings(_Frozen):
 
 
 class InternalTlsSettings(_Frozen):
-    """Mutual TLS from routers to replicas: each shows `cert_file`, which must be signed by `ca_file` for `server_name`."""
+    """Mutual TLS from routers to replicas. Each shows `cert_file`, signed by `ca_file` and made for `server_name`."""
 
     cert_file: FileName
     key_file: FileName

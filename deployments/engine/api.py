@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from cluster.core import ModelCard, SamplingParams
+from cluster.core import Image, ModelCard, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,9 @@ class EngineJob:
     """A job to start, or to continue after its last committed canvas.
 
     `prompt_tokens` are token ids in [0, vocab_size). `committed` holds the whole `canvas_tokens` tokens of every
-    canvas that is already final, in order. `wants_drafts` asks for the argmax canvas in every Progress.
+    canvas that is already final, in order. `wants_drafts` asks for the argmax canvas in every Progress. `images` are
+    those of the prompt in its order, one for each of the card's image tokens in `prompt_tokens`: files that were
+    checked but not decoded. An engine without vision refuses a job that has any.
     """
 
     job_id: str
@@ -45,6 +47,7 @@ class EngineJob:
     committed: tuple[tuple[int, ...], ...] = ()
     checkpoint: CanvasCheckpoint | None = None
     wants_drafts: bool = False
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,8 @@ class Engine(Protocol):
         """Take a job; it takes part from the next step on.
 
         Raises ValueError when the job does not fit the model (empty prompt, token out of vocabulary, context too
-        long, canvas of the wrong length), KeyError when the id is active already, RuntimeError when no slot is free.
+        long, canvas of the wrong length, images that it cannot take), KeyError when the id is active already,
+        RuntimeError when no slot is free.
         Nothing changes when it raises.
         """
 

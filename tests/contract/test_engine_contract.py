@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from cluster.core import ModelCard, SamplingParams
+from cluster.checkpoint import read_checkpoint
+from cluster.core import Image, ModelCard, SamplingParams
+from cluster.engines import ENGINES as TABLE
+from cluster.engines import EngineTraits
 from deployments.engine.api import CanvasCheckpoint, Commit, Engine, EngineJob, Progress
 from deployments.engine.fake import FakeEngine
 from tests.oracle import encode, some_checkpoint
 from tests.ranks import Crew
+from tests.unit.images import picture
 
 PROMPTS = (
     "count 31 to 38",
@@ -31,6 +35,11 @@ class Maker:
 
     kind: str
     make: Callable[[int], Engine]
+
+    @property
+    def traits(self) -> EngineTraits:
+        """The engine's column of the table."""
+        return TABLE[self.kind.split()[0]]
 
     def job(self, engine: Engine, name: str, number: int = 0, canvases: int = 3) -> EngineJob:
         card = engine.card
@@ -59,6 +68,17 @@ def torch_engine(slots: int) -> Engine:
     return load_engine(path, slots=slots, device="cpu")
 
 
+def torch_recorded(slots: int) -> Engine:
+    """Steps are recorded and replayed, as on CUDA."""
+    from deployments.engine.torch_tp.engine import EngineSettings, TorchEngine
+    from tests.recording import CpuRecorder
+
+    path = some_checkpoint()
+    if path is None:
+        pytest.skip("no checkpoint is here")
+    return TorchEngine(read_checkpoint(path), EngineSettings(slots=slots, device="cpu"), recorder=CpuRecorder())
+
+
 def torch_pair(slots: int, crew: Crew) -> Engine:
     path = some_checkpoint()
     if path is None:
@@ -66,7 +86,12 @@ def torch_pair(slots: int, crew: Crew) -> Engine:
     return crew.lead(path, 2, slots=slots)
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"fake": fake, "torch": torch_engine, "torch on two ranks": torch_pair}
+ENGINES: dict[str, Callable[..., Engine]] = {
+    "fake": fake,
+    "torch": torch_engine,
+    "torch recorded": torch_recorded,
+    "torch on two ranks": torch_pair,
+}
 
 
 @pytest.fixture(params=ENGINES)
@@ -349,6 +374,32 @@ def test_drafts_come_only_when_asked_for(maker: Maker) -> None:
     # What a canvas commits is its last draft.
     last = {step.canvas_index: step.draft_tokens for step in run.progress if step.job_id == "watched"}
     assert list(last.values()) == run.canvases("watched")
+
+
+def test_images_are_taken_as_the_table_says(maker: Maker) -> None:
+    engine = maker.make(1)
+    good = maker.job(engine, "a")
+    image = Image(picture(), "image/png")
+    # An image without a place in the prompt is refused by everybody.
+    with pytest.raises(ValueError, match="images: the job brings 1"):
+        engine.start(replace(good, images=(image,)))
+    assert engine.stats().active_jobs == 0
+    place = () if engine.card.vision is None else (engine.card.vision.image_token_id,)
+    seeing = replace(good, prompt_tokens=good.prompt_tokens + place, images=(image,))
+    if maker.traits.images:
+        assert alone(maker, seeing) == alone(maker, seeing) != []
+        return
+    with pytest.raises(ValueError, match="images: the job brings 1; the engine takes none"):
+        engine.start(seeing)
+    assert engine.stats().active_jobs == 0
+
+
+def test_prefixes_are_reused_as_the_table_says(maker: Maker) -> None:
+    engine = maker.make(1)
+    for name in ("first", "again"):
+        engine.start(maker.job(engine, name, number=2, canvases=1))
+        drive(engine)
+    assert (engine.stats().prefix_hit_tokens > 0) == maker.traits.prefix_reuse
 
 
 def test_stats_count_what_was_done(maker: Maker) -> None:

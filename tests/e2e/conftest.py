@@ -16,7 +16,9 @@ import pytest_asyncio
 from cluster.checkpoint import read_checkpoint
 from cluster.client import EaselClient
 from cluster.config import Settings, overlay, parse_settings
+from cluster.engines import EngineTraits
 from cluster.redis_server import RedisServer
+from cluster.telemetry.telemetry import Telemetry
 from deployments.engine.fake import FakeEngine
 from deployments.replica import Replica
 from deployments.router import Router
@@ -36,19 +38,31 @@ class Stack:
     routers: dict[str, Router] = field(default_factory=dict)
     addresses: dict[str, str] = field(default_factory=dict)
     redis: RedisServer | None = None
+    traits: EngineTraits | None = None
+    engine: Callable[..., FakeEngine] = FakeEngine
+    telemetry: Callable[[str], Telemetry] = field(default=lambda name: Telemetry())
 
     async def add_router(self, name: str, *, port: int = 0) -> str:
         settings = parse_settings(overlay(self.settings.model_dump(mode="json"), {"router": {"port": port}}))
-        router = self.routers[name] = Router(settings, name=name)
+        telemetry = self.telemetry(name)
+        router = self.routers[name] = Router(settings, name=name, engine=self.traits, telemetry=telemetry)
         self.addresses[name] = f"127.0.0.1:{await router.start()}"
         return self.addresses[name]
 
     async def add_replica(self, name: str, **engine: float | None) -> Replica:
-        card = read_checkpoint(CHECKPOINT).card
+        checkpoint = Path(self.settings.checkpoint)
+        card = read_checkpoint(checkpoint).card
         values: dict[str, Any] = {"slots": 2, "steps_per_canvas": 4, "step_time_ms": 5.0} | engine
-        made = FakeEngine(card, **values)
+        made = self.engine(card, **values)
         self.engines[name] = made
-        replica = Replica(self.settings, made, Tokenizer(CHECKPOINT).decode, name=name, advertised_host="127.0.0.1")
+        replica = Replica(
+            self.settings,
+            made,
+            Tokenizer(checkpoint).decode,
+            name=name,
+            advertised_host="127.0.0.1",
+            telemetry=self.telemetry(name),
+        )
         await replica.start()
         self.replicas[name] = replica
         return replica
@@ -99,25 +113,40 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest_asyncio.fixture
 async def start(redis_server: RedisServer) -> AsyncIterator[Start]:
-    """Start a router and replicas in a namespace of their own; `state`, `router` and `engine` override settings."""
+    """Start a router and replicas in a namespace of their own; the other arguments override settings.
+
+    `engine_class` stands in for the fake engine, and `traits` for what the settings' engine can do.
+    """
     async with AsyncExitStack() as stack:
 
-        async def make(
+        async def make(  # noqa: PLR0913 - most of them are sections of the settings
             *,
             replicas: int = 1,
             state: dict[str, Any] | None = None,
             denoiser: dict[str, Any] | None = None,
             router: dict[str, Any] | None = None,
+            security: dict[str, Any] | None = None,
+            checkpoint: Path = CHECKPOINT,
+            traits: EngineTraits | None = None,
+            engine_class: Callable[..., FakeEngine] = FakeEngine,
+            telemetry: Callable[[str], Telemetry] = lambda name: Telemetry(),
             **engine: float | None,
         ) -> Stack:
             values = {
-                "checkpoint": str(CHECKPOINT),
+                "checkpoint": str(checkpoint),
                 "state": {"url": redis_server.url, "namespace": f"t{next(namespaces)}", "heartbeat_ms": 100}
                 | (state or {}),
                 "router": {"port": 0, "drain_timeout_s": 0.2, "look_every_ms": 50} | (router or {}),
+                "security": security or {},
                 "denoiser": {"drain_timeout_s": 0.5} | (denoiser or {}),
             }
-            made = Stack(parse_settings(values), redis=redis_server)
+            made = Stack(
+                parse_settings(values),
+                redis=redis_server,
+                traits=traits,
+                engine=engine_class,
+                telemetry=telemetry,
+            )
             stack.push_async_callback(made.close)
             for number in range(replicas):
                 await made.add_replica(f"denoiser-{number}", **engine)
@@ -132,9 +161,9 @@ async def connect() -> AsyncIterator[Connect]:
     """A client of a stack's first router, closed after the test."""
     async with AsyncExitStack() as stack:
 
-        def make(target: Stack, *routers: str) -> EaselClient:
+        def make(target: Stack, *routers: str, **trust: Any) -> EaselClient:  # noqa: ANN401 - what the client takes
             names = routers or ("router-0",)
-            client = EaselClient(",".join(target.addresses[name] for name in names))
+            client = EaselClient(",".join(target.addresses[name] for name in names), **trust)
             stack.push_async_callback(client.close)
             return client
 

@@ -169,6 +169,17 @@ async def test_a_stream_that_reached_its_deadline_fails_the_job(desk: Desk) -> N
     await until(lambda: desk.engine.stats().active_jobs == 0)
 
 
+async def test_a_run_that_finds_no_images_any_more_ends_without_touching_the_engine(desk: Desk) -> None:
+    placement = await desk.assigned()
+    spec = convert.job_spec_to_proto(replace(desk.spec("job"), image_count=1))
+    async with grpc.aio.insecure_channel(placement.address) as channel:
+        call = pb_grpc.DenoiserStub(channel).Run(pb.RunRequest(spec=spec, epoch=placement.epoch))
+        _, error = await ended(call)
+    assert isinstance(error, TransitionError)
+    assert "has no images in Redis any more" in str(error)
+    assert desk.engine.stats().canvas_steps == 0
+
+
 async def test_a_preempted_job_is_released_with_its_canvas_and_goes_on_there(desk: Desk) -> None:
     placement, call = await desk.running(drafts=True)
     desk.replica._rang(f"preempt:{placement.epoch}", "job")

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import pytest_asyncio
@@ -284,12 +285,7 @@ async def test_redis_may_be_away_for_a_while(
     await until(lambda: look.stack.engines["denoiser-0"].stats().canvases == 3)  # it went on by itself
     own_redis.start()
 
-    async def is_done() -> bool:
-        with suppress(EaselError):
-            return (await look.store.get("job")).state.terminal
-        return False
-
-    await until(is_done)
+    await until(partial(is_done, look.store))
     job = await look.store.get("job")
     assert (job.state, job.canvases, job.attempts, job.history) == ("succeeded", 3, 1, ())
     assert look.steps() == 30
@@ -308,12 +304,7 @@ async def test_a_job_outlives_an_outage_that_outlasts_the_patience_of_its_run(
     await until(lambda: not look.stack.replicas["denoiser-0"]._denoiser.running())
     own_redis.start()
 
-    async def is_done() -> bool:
-        with suppress(EaselError):
-            return (await look.store.get("job")).state.terminal
-        return False
-
-    await until(is_done)
+    await until(partial(is_done, look.store))
     job = await look.store.get("job")
     assert (job.state, job.canvases, await look.reasons("job")) == ("succeeded", 3, ["UNCLAIMED"])
 
@@ -329,13 +320,17 @@ async def test_a_canvas_that_redis_lost_is_made_again(start: Start, connect: Con
     await redis.hset(keys.job("job"), mapping={"canvases": 0, "generated_tokens": 0, "denoising_steps": 0})
     await redis.aclose()
 
-    async def is_done() -> bool:
-        return (await look.store.get("job")).state.terminal
-
-    await until(is_done)
+    await until(partial(is_done, look.store))
     record = await look.store.get("job")
     assert (record.state, record.canvases, record.denoising_steps) == ("succeeded", 3, 60)
     assert [attempt.reason for attempt in record.history] == ["LOST_WRITES"]
+
+
+async def is_done(store: JobStore) -> bool:
+    """Whether the job has ended; not, while Redis does not answer."""
+    with suppress(EaselError):
+        return (await store.get("job")).state.terminal
+    return False
 
 
 def _fails(replica: Replica, kind: type[EaselError]) -> bool:

@@ -20,7 +20,9 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cluster import __version__
 from cluster.client import Answer, EaselClient, RequestOptions
+from cluster.errors import Unavailable
 from cluster.redis_server import find_redis_server
 from tests.e2e.conftest import CHECKPOINT, until
 from tests.e2e.nodes import RAY_PORT, Namespaces, NotPermitted, ray_node
@@ -30,6 +32,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 JOBS = 8
 START_S = 90.0
+OTHER_VERSION = "9.9.9"
+ASK_S = 3.0
 # Ray's own bound on a node that does not answer, and the replica's on a step, both short for the test.
 RAY_BOUNDS = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -59,12 +63,12 @@ class Nodes:
         """The router, as this process reaches it whether the nodes are joined or not."""
         return f"{self.spaces.outer_host}:8500"
 
-    def start_far(self) -> None:
+    def start_far(self, source: Path = ROOT) -> None:
+        """The far node, with Easel as it is in the folder `source`."""
         spaces = self.spaces
         spaces.end_processes(spaces.far)
-        spaces.run(
-            spaces.far, *ray_node(spaces.far_host, spaces.head_host, cpus=1, folder=self.folder), timeout_s=START_S
-        )
+        node = ray_node(spaces.far_host, spaces.head_host, cpus=1, folder=self.folder)
+        spaces.run(spaces.far, "env", f"PYTHONPATH={source}", *node, timeout_s=START_S)
 
     def runs_on_far(self) -> list[str]:
         """What runs on the far node, as command lines. Ray's log monitor ends with its node only by hand."""
@@ -74,17 +78,21 @@ class Nodes:
                 titles.append(" ".join(psutil.Process(pid).cmdline()))
         return [title for title in titles if title and "log_monitor.py" not in title]
 
-    def start(self) -> None:
+    def start_head(self) -> None:
+        """Redis and the head's Ray node."""
         spaces, head = self.spaces, self.spaces.head
         redis = [str(find_redis_server()), "--bind", "0.0.0.0", "--port", "6400", "--protected-mode", "no"]
         spaces.start(head, *redis, "--save", "", "--dir", str(self.folder))
         spaces.run(head, *ray_node(spaces.head_host, spaces.head_host, cpus=3, folder=self.folder), timeout_s=START_S)
-        self.start_far()
-        values = {**SETTINGS, "state": {**SETTINGS["state"], "url": f"redis://{spaces.head_host}:6400/0"}}
+
+    def deploy(self) -> list[str]:
+        """The command that deploys Easel, to be run on the head."""
+        values = {**SETTINGS, "state": {**SETTINGS["state"], "url": f"redis://{self.spaces.head_host}:6400/0"}}
         file = self.folder / "easel.yaml"
         file.write_text(json.dumps(values))
-        deploy = [sys.executable, "-m", "tests.e2e.deploy", f"{spaces.head_host}:{RAY_PORT}", str(file)]
-        spaces.run(head, *deploy, timeout_s=START_S)
+        # Ray puts the folder it is called from before what a node has by itself.
+        python = ["env", "-C", str(self.folder), sys.executable]
+        return [*python, "-m", "tests.e2e.deploy", f"{self.spaces.head_host}:{RAY_PORT}", str(file)]
 
 
 @pytest.fixture
@@ -95,7 +103,7 @@ def nodes() -> Iterator[Nodes]:
     try:
         with closing(Namespaces(environment | {"PYTHONPATH": str(ROOT)})) as spaces:
             made = Nodes(spaces, folder)
-            made.start()
+            made.start_head()
             yield made
     except NotPermitted as error:
         pytest.skip(f"no network namespaces here: {error}")
@@ -104,6 +112,8 @@ def nodes() -> Iterator[Nodes]:
 
 
 async def test_jobs_survive_a_cut_between_the_nodes_of_their_replica(nodes: Nodes) -> None:
+    nodes.start_far()
+    nodes.spaces.run(nodes.spaces.head, *nodes.deploy(), timeout_s=START_S)
     async with EaselClient(nodes.address) as client:
         await until(lambda: serves(client), START_S)
         for prompt, answer in list(PROMISED.items())[:2]:
@@ -127,6 +137,31 @@ async def test_jobs_survive_a_cut_between_the_nodes_of_their_replica(nodes: Node
         after = await client.status()
         assert [row.stats["ranks"] for row in after.replicas] == [2]
         assert not after.pending
+
+
+async def test_another_version_on_one_node_is_told_with_both_versions(nodes: Nodes) -> None:
+    nodes.start_far(another_version(nodes.folder / "other"))
+    nodes.spaces.start(nodes.spaces.head, *nodes.deploy())
+    said = f"Easel is {OTHER_VERSION} on its node {nodes.spaces.far_host} and {__version__} on that of rank 0"
+    await until(lambda: tells(nodes.address, said), START_S)
+    assert await not_serving(nodes.address)
+
+
+def another_version(folder: Path) -> Path:
+    """A copy of Easel that says it is of another version."""
+    for package in ("cluster", "deployments"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "cluster" / "__init__.py").write_text(f'__version__ = "{OTHER_VERSION}"\n')
+    return folder
+
+
+async def tells(address: str, said: str) -> bool:
+    # A client of its own each time: one that finds no router waits longer and longer before it looks again.
+    try:
+        async with asyncio.timeout(ASK_S), EaselClient(address) as client:
+            return any(said in line for line in (await client.status()).pending)
+    except (TimeoutError, Unavailable):
+        return False  # the router is being started
 
 
 async def not_serving(address: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCKS = {"requirements.lock": ("vllm",), "requirements-cpu.lock": ()}
+LOCKS = {"requirements.lock": ("vllm", "otel"), "requirements-cpu.lock": ("otel",)}
 # Installing these takes gigabytes; what they need of the image is not tested here.
 HEAVY = re.compile(r"^(torch|triton|nvidia-|cuda-)")
 STEP_TIMEOUT_S = 900

@@ -25,13 +25,14 @@ def new_job(
     timeout_ms: int | None = None,
     digest: str = "digest",
     router: str = "router-1",
+    tenant: str = "tenant",
 ) -> NewJob:
     return NewJob(
         job_id=job_id,
         digest=digest,
         spec=b"\x00spec\xff",
         priority=priority,
-        tenant="tenant",
+        tenant=tenant,
         seed=2**64 - 1,
         prompt_tokens=7,
         timeout_ms=timeout_ms,

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 from redis.asyncio import Redis
 
 from cluster.core import Priority
-from cluster.errors import EaselError, ReplicaNotFound, StaleEpoch, TransitionError
+from cluster.errors import EaselError, QuotaExceeded, ReplicaNotFound, StaleEpoch, TransitionError
 from cluster.jobs.connection import connect
 from cluster.jobs.keys import Keys
 from cluster.jobs.records import Checkpoint, JobRecord
@@ -27,12 +27,19 @@ from tests.redis.observing import Bounds, check, observe
 
 T = TypeVar("T")
 
-BOUNDS = Bounds(max_attempts=3, max_preemptions=2)
+BOUNDS = Bounds(max_attempts=3, max_preemptions=2, running={"one": 1, "two": 2}, queued={"two": 4})
+TENANTS = ["free", "one", "two"]
 REPLICAS = {"replica-1": 2, "replica-2": 1, "replica-3": 3}
 NAMESPACE = "history"
 KEYS = Keys(NAMESPACE)
 PULSE = f"{KEYS.base}:pulse"
 WAITING = f"{KEYS.base}:waiting"
+
+
+def rows_of(bounds: Bounds) -> dict[str, str]:
+    """What the bounds say of tenants, as the scripts read it."""
+    tenants = {*bounds.running, *bounds.queued}
+    return {name: f"{bounds.running.get(name, '-')} {bounds.queued.get(name, '-')} - -" for name in tenants}
 
 
 class History(RuleBasedStateMachine):
@@ -55,19 +62,36 @@ class History(RuleBasedStateMachine):
             self.run(self.store.heartbeat_replica(hello(replica, slots=slots)))
         self.run(self.store.heartbeat_router("router-1"))
         self.run(self.redis.hset(PULSE, "grace_ms", 1))
+        self.bounds = BOUNDS
+        self.run(self.store.set_quotas(rows_of(self.bounds)))
         self.seen = self.run(observe(self.redis, NAMESPACE))
-        for priority in priorities:
-            self.submit_one(priority, "router-1")
+        for number, priority in enumerate(priorities):
+            self.submit_one(priority, "router-1", TENANTS[number % 3])
 
-    def submit_one(self, priority: Priority, router: str) -> None:
-        job = f"job-{len(self.canvases):02d}"
-        created, placement = self.run(self.store.submit(new_job(job, priority=priority, router=router)))
+    def submit_one(self, priority: Priority, router: str, tenant: str) -> None:
+        # Under an id of its tenant's own, but for those of one tenant, which needs no credentials.
+        job = f"job-{len(self.canvases):02d}" if tenant == "free" else f"{tenant}/job-{len(self.canvases):02d}"
+        most, waits = self.bounds.queued.get(tenant), self.count_waiting(tenant)
+        write = self.store.submit(new_job(job, priority=priority, router=router, tenant=tenant))
+        try:
+            created, placement = self.run(write)
+        except QuotaExceeded:
+            assert most is not None
+            assert waits >= most
+            return
+        assert most is None or waits < most
         self.canvases[job] = []
         self.look_again()
         record = self.seen.records[job]
         assert created
         assert (placement is not None) == (record.state is JobState.RUNNING)
         assert (record.router, record.priority) == (router, priority)
+
+    def count_waiting(self, tenant: str) -> int:
+        """Jobs that wait and count: those that came while their tenant had no limit do not."""
+        queued = (job for job, record in self.seen.records.items() if record.state is JobState.QUEUED)
+        rows = [self.seen.keys["job"][job] for job in queued if self.seen.records[job].tenant == tenant]
+        return sum(b"counted" in row for row in rows)
 
     def teardown(self) -> None:
         if hasattr(self, "runner"):
@@ -183,4 +207,4 @@ class History(RuleBasedStateMachine):
             assert {job: self.seen.canvases(job) for job in self.seen.records} == self.canvases
             alive = {job: saved for job, saved in self.saved.items() if job in self.seen.alive}
             assert self.seen.checkpoints == alive
-            check(self.seen, BOUNDS)
+            check(self.seen, self.bounds)

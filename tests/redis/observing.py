@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
@@ -19,9 +19,12 @@ from cluster.policy.preemption import Runner, choose_victims, victim_member
 
 # How a key of each kind is read.
 _READ = {
-    "hash": ("job", "checkpoint", "replica", "running", "apart", "pulse"),
-    "zset": ("queue", "waiting", "victims", "replicas", "routers", "jobs", "expiring"),
-    "set": ("owned", "marked", "fresh"),
+    "hash": ("job", "checkpoint", "replica", "running", "apart", "pulse", "quotas", "bucket"),
+    "zset": (
+        *("queue", "waiting", "victims", "replicas", "routers", "jobs", "expiring"),
+        *("held", "held_of", "admitted"),
+    ),
+    "set": ("owned", "marked", "fresh", "running_of"),
     "stream": ("canvases",),
     "string": ("seq", "schema"),
 }
@@ -34,6 +37,9 @@ class Bounds:
 
     max_attempts: int = 3
     max_preemptions: int = 2
+    # By tenant; one that is not named has no limit.
+    running: dict[str, int] = field(default_factory=dict)
+    queued: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,15 +65,21 @@ class Observation:
 
     @cached_property
     def queue(self) -> list[QueueEntry]:
-        """Its head first."""
+        """Its head first; those that a quota holds are not in it."""
         return [parse_member(member) for member in sorted(self.scores("queue"))]
+
+    @cached_property
+    def waiting(self) -> list[QueueEntry]:
+        """The queue, and what quotas hold."""
+        members = [member for tenant in self.keys["held_of"] for member in self.scores("held_of", tenant)]
+        return [*self.queue, *map(parse_member, sorted(members))]
 
     @cached_property
     def checkpoints(self) -> dict[str, Checkpoint]:
         return {job: _checkpoint(row) for job, row in self.keys["checkpoint"].items()}
 
-    def scores(self, kind: str) -> dict[str, float]:
-        return {member.decode(): score for member, score in self.keys[kind].get("", ())}
+    def scores(self, kind: str, of: str = "") -> dict[str, float]:
+        return {member.decode(): score for member, score in self.keys[kind].get(of, ())}
 
     def members(self, kind: str, of: str = "") -> set[str]:
         return {member.decode() for member in self.keys[kind].get(of, ())}
@@ -133,6 +145,7 @@ def check(seen: Observation, bounds: Bounds) -> None:
     each_job_is_in_the_queue_or_on_a_slot_or_has_ended(seen)
     slots_hold_exactly_what_runs(seen)
     each_living_job_has_one_owner(seen)
+    quotas_hold_what_is_too_much_and_nothing_else(seen, bounds)
     only_running_jobs_give_way(seen, bounds)
     canvases_are_whole_and_checkpoints_of_the_next_one(seen)
     losses_are_bounded_and_last_chances_run_apart(seen, bounds)
@@ -143,13 +156,14 @@ def check(seen: Observation, bounds: Bounds) -> None:
 
 def each_job_is_in_the_queue_or_on_a_slot_or_has_ended(seen: Observation) -> None:
     queued = {job: record for job, record in seen.records.items() if record.state is JobState.QUEUED}
-    assert sorted(entry.job_id for entry in seen.queue) == sorted(queued) == sorted(seen.scores("waiting"))
-    for entry in seen.queue:
+    assert sorted(entry.job_id for entry in seen.waiting) == sorted(queued) == sorted(seen.scores("waiting"))
+    for entry in seen.waiting:
         record = queued[entry.job_id]
         assert record.priority <= entry.level <= OLDEST
         assert entry.deadline_ms == record.deadline_ms
         assert queue_member(entry).encode() == seen.keys["job"][entry.job_id][b"member"]
-    assert set(seen.scores("jobs")) == set(seen.records)
+    indexed = [(tenant, job) for tenant in seen.keys["jobs"] for job in seen.scores("jobs", tenant)]
+    assert sorted(indexed) == sorted((job.rpartition("/")[0], job) for job in seen.records)
 
 
 def slots_hold_exactly_what_runs(seen: Observation) -> None:
@@ -172,6 +186,38 @@ def each_living_job_has_one_owner(seen: Observation) -> None:
     owned = [(router, job) for router in seen.keys["owned"] for job in seen.members("owned", router)]
     assert sorted(owned) == sorted((record.router, job) for job, record in seen.alive.items())
     assert set(seen.keys["owned"]) <= set(seen.scores("routers"))
+
+
+def quotas_hold_what_is_too_much_and_nothing_else(seen: Observation, bounds: Bounds) -> None:
+    counted = {job: record for job, record in seen.alive.items() if b"counted" in seen.keys["job"][job]}
+    runs = {(tenant, job) for tenant in seen.keys["running_of"] for job in seen.members("running_of", tenant)}
+    assert runs == {(r.tenant, job) for job, r in counted.items() if r.state is JobState.RUNNING}
+    waits = {pair for kind in ("admitted", "held_of") for pair in _by_tenant(seen, kind)}
+    assert waits == {(r.tenant, job) for job, r in counted.items() if r.state is JobState.QUEUED}
+    held = {job for _, job in _by_tenant(seen, "held_of")}
+    assert seen.scores("held") == {job: float(seen.alive[job].deadline_ms or 2**53 - 1) for job in held}
+    for tenant in {record.tenant for record in counted.values()}:
+        _one_tenant(seen, tenant, bounds.running.get(tenant))
+
+
+def _one_tenant(seen: Observation, tenant: str, limit: int | None) -> None:
+    """Below its limit nothing of a tenant is held; beyond it nothing is in the queue; in order in any case."""
+    running = len(seen.members("running_of", tenant))
+    admitted, held = set(seen.scores("admitted", tenant)), set(seen.scores("held_of", tenant))
+    queue = set(seen.scores("queue"))
+    assert admitted <= queue
+    assert not held & queue
+    if held:
+        assert limit is not None
+        assert running + len(admitted) >= limit
+    if admitted and limit is not None:
+        assert running + len(admitted) <= limit
+    if admitted and held:
+        assert max(admitted) < min(held)
+
+
+def _by_tenant(seen: Observation, kind: str) -> set[tuple[str, str]]:
+    return {(tenant, parse_member(m).job_id) for tenant in seen.keys[kind] for m in seen.scores(kind, tenant)}
 
 
 def only_running_jobs_give_way(seen: Observation, bounds: Bounds) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -16,13 +17,15 @@ from cluster.jobs.states import TRANSITIONS, Action, AttemptEnd
 from cluster.policy.ordering import OLDEST
 from cluster.redis_server import RedisServer
 from tests.redis.helpers import BROKEN, hello, new_job
-from tests.redis.history import BOUNDS, KEYS, PULSE, REPLICAS, WAITING, History
+from tests.redis.history import BOUNDS, KEYS, PULSE, REPLICAS, TENANTS, WAITING, History, rows_of
 from tests.redis.observing import Observation
 
 MOST_JOBS = 24
 # Which of the jobs that there are: History.pick says which one.
 jobs = st.integers(0, 255)
 replicas = st.sampled_from(list(REPLICAS))
+tenants = st.sampled_from(TENANTS)
+limits = st.sampled_from([1, 2, 3, None])
 routers = st.sampled_from(["router-1", "router-2", "router-3"])
 ends = st.sampled_from(AttemptEnd)
 losses = st.sampled_from([end for end in AttemptEnd if end.is_loss])
@@ -37,15 +40,24 @@ class Histories(History):
 
     # What callers and routers do.
 
-    @rule(priorities=st.lists(st.sampled_from(Priority), min_size=1, max_size=4), router=routers)
-    def submit(self, priorities: list[Priority], router: str) -> None:
+    @rule(priorities=st.lists(st.sampled_from(Priority), min_size=1, max_size=4), router=routers, tenant=tenants)
+    def submit(self, priorities: list[Priority], router: str, tenant: str) -> None:
         for priority in priorities[: MOST_JOBS - len(self.canvases)]:
-            self.submit_one(priority, router)
+            self.submit_one(priority, router, tenant)
+
+    @rule(one=limits, two=limits, queued=limits)
+    def change_quotas(self, one: int | None, two: int | None, queued: int | None) -> None:
+        """Higher, lower, gone and back, while jobs run and wait."""
+        running = {name: limit for name, limit in (("one", one), ("two", two)) if limit is not None}
+        self.bounds = replace(self.bounds, running=running, queued={} if queued is None else {"two": 2 + queued})
+        self.run(self.store.set_quotas(rows_of(self.bounds)))
+        self.look_again()
 
     @rule(number=jobs, router=routers)
     def submit_again(self, number: int, router: str) -> None:
         job = self.pick(number)
-        created, placement = self.run(self.store.submit(new_job(job, router=router)))
+        tenant = self.seen.records[job].tenant
+        created, placement = self.run(self.store.submit(new_job(job, router=router, tenant=tenant)))
         assert not created
         assert (placement is not None) == (job in self.seen.running)
         self.look_again()
@@ -94,17 +106,17 @@ class Histories(History):
 
     @rule()
     def wait_long(self) -> None:
-        before = {entry.job_id: entry for entry in self.seen.queue}
+        before = {entry.job_id: entry for entry in self.seen.waiting}
         self.run(self.redis.zadd(WAITING, dict.fromkeys(["", *before], 1), xx=True))
         kept = any(self.seen.records[job].losses == BOUNDS.max_attempts - 1 for job in before)
         placed = self.run(self.store.assign())
         # A new order brings nobody a slot, unless one was kept for a job that is further back now.
         assert placed == 0 or kept
         self.look_again()
-        after = {entry.job_id: entry for entry in self.seen.queue}
+        after = {entry.job_id: entry for entry in self.seen.waiting}
         assert after == {job: entry.aged() for job, entry in before.items() if job in after}
         assert len(after) == len(before) - placed
-        assert all(entry.level <= OLDEST for entry in self.seen.queue)
+        assert all(entry.level <= OLDEST for entry in self.seen.waiting)
 
     @rule(router=routers)
     def look(self, router: str) -> None:
@@ -266,9 +278,17 @@ def _offset(random: Random) -> int:
     return random.choice([0, 0, 0, 0, -1, 1])
 
 
+def _priorities(random: Random) -> list[Priority]:
+    return random.choices(list(Priority), k=random.randint(1, 3))
+
+
 # How often, and what: everything that the rules can do, in a mix that keeps the slots busy.
 EVENTS: list[tuple[int, Event]] = [
-    (12, lambda h, r: h.submit(r.choices(list(Priority), k=r.randint(1, 3)), r.choice(ROUTER_NAMES))),
+    (
+        12,
+        lambda h, r: h.submit(_priorities(r), r.choice(ROUTER_NAMES), r.choice(TENANTS)),
+    ),
+    (4, lambda h, r: h.change_quotas(*(r.choice([1, 2, 3, None]) for _ in range(3)))),
     (2, lambda h, r: h.submit_again(_number(r), r.choice(ROUTER_NAMES))),
     (6, lambda h, r: h.end(_number(r), r.choice(["cancel", "fail", "failed by its replica", "finish"]), _ago(r))),
     (24, lambda h, r: h.commit(_number(r), _ago(r), _offset(r), r.random() < 0.2)),

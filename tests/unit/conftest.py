@@ -4,10 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.unit.fake_router import Served, serve_in_thread
+
+if TYPE_CHECKING:
+    from cluster.checkpoint import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    """A trained checkpoint, for whom any will do."""
+    # Imported late: most tests do without torch.
+    import torch
+
+    from cluster.checkpoint import read_checkpoint
+    from tests.oracle import some_checkpoint
+
+    torch.set_num_threads(1)
+    path = some_checkpoint()
+    if path is None:
+        pytest.skip("no checkpoint is here")
+    return read_checkpoint(path)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
-from cluster.core import Canvas, Draft, FinishReason, ModelCard, ReplicaRow, SamplingParams, Usage
+from cluster.core import Canvas, Draft, FinishReason, Image, ModelCard, ReplicaRow, SamplingParams, Turn, Usage
 from cluster.errors import (
     EaselError,
     JobCancelled,
@@ -56,6 +56,7 @@ CARD = ModelCard(
     eos_token_ids=(1,),
     defaults=SamplingParams(0, 32, 48, 0.1, 0.4, 0.8, 0.005, 1),
 )
+IMAGE_TOKEN = 3
 MAX_REQUEST_BYTES = 64 * 1024
 USAGE = Usage(5, 6, 2, 7, 1, 0, 3, 40)
 PATIENCE_S = 20.0
@@ -63,13 +64,15 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Characters:
-    """One token a character, roles as separators; refuses two turns of the same role, like a strict template."""
+    """One token a character and IMAGE_TOKEN an image; refuses two turns of the same role, like a strict template."""
 
-    def encode_messages(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+    def encode_messages(self, messages: Sequence[Turn]) -> list[int]:
         roles = [role for role, _ in messages]
         if any(first == second for first, second in pairwise(roles)):
             raise ValueError("roles must alternate")
-        return [2, *(min(ord(character), 127) for _, content in messages for character in content)]
+        pieces = [piece for _, content in messages for piece in ([content] if isinstance(content, str) else content)]
+        spelt = ([IMAGE_TOKEN] if isinstance(piece, Image) else map(ord, piece) for piece in pieces)
+        return [2, *(min(token, 127) for tokens in spelt for token in tokens)]
 
 
 class FakeRouter(generation_pb2_grpc.GenerationServicer, jobs_pb2_grpc.JobsServicer, cluster_pb2_grpc.ClusterServicer):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cluster.checkpoint import Checkpoint, LayerConfig, _model_config, expected_tensors, read_checkpoint
+from cluster.core import VisionCard
 from cluster.errors import CheckpointError
 from cluster.json_fields import JsonFields
 from tests.oracle import copy_checkpoint, some_checkpoint
@@ -93,6 +94,28 @@ def test_numbers_come_from_the_files(folder: Path) -> None:
     assert defaults.seed == 0
     assert found.config.logit_softcap == 30.0
     assert len(found.config.layers) == text["num_hidden_layers"]
+
+
+def test_a_vision_part_is_known_by_its_description_its_weights_and_its_token(folder: Path) -> None:
+    assert read_checkpoint(folder).card.vision == VisionCard(image_token_id=7, tokens_per_image=282)
+    edit(folder, "config.json", lambda values: values["vision_config"].update(default_output_length=70))
+    assert read_checkpoint(folder).card.vision == VisionCard(image_token_id=7, tokens_per_image=72)
+    edit(folder, "config.json", lambda values: values.pop("image_token_id"))
+    assert read_checkpoint(folder).card.vision is None, "the default is not in this vocabulary"
+    edit(folder, "config.json", lambda values: values.update(image_token_id=7, vision_config=None))
+    assert read_checkpoint(folder).card.vision is None
+
+
+def test_a_checkpoint_without_weights_for_vision_has_no_vision_part(folder: Path) -> None:
+    edit_header(
+        folder,
+        lambda header: [
+            header.update({name.replace("vision_tower", "other"): header.pop(name)})
+            for name in list(header)
+            if "vision_tower" in name
+        ],
+    )
+    assert read_checkpoint(folder).card.vision is None
 
 
 def test_a_list_of_eos_tokens_is_kept_whole(folder: Path) -> None:

@@ -34,7 +34,8 @@ from cluster.errors import (
 from cluster.rpc import convert
 from cluster.rpc.easel.v1 import jobs_pb2
 from tests.unit.commands import at, invoke, local_cluster
-from tests.unit.fake_router import PATIENCE_S, Served
+from tests.unit.fake_router import IMAGE_TOKEN, PATIENCE_S, Served
+from tests.unit.images import picture
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -53,6 +54,25 @@ def test_generate_json_prints_exactly_one_object(served: Served) -> None:
     assert (answer["job_id"], answer["text"], answer["seed"]) == ("mine", "olleh", 5)
     assert answer["finish_reason"] == "eos"
     assert answer["usage"]["denoising_steps"] == 7
+
+
+def test_images_come_before_the_prompt_and_are_named_as_options(served: Served, tmp_path: Path) -> None:
+    files = [tmp_path / "one.png", tmp_path / "two.webp"]
+    for file, kind in zip(files, ("PNG", "WEBP"), strict=True):
+        file.write_bytes(picture(kind))
+    images = ("--image", str(files[0]), "--image", str(files[1]))
+    for command in ("generate", "submit"):
+        assert at(served, command, "hi", *images, "--request-id", command).exit_code == 0
+        parsed = served.router.parsed[command]
+        assert [image.mime_type for image in parsed.images] == ["image/png", "image/webp"]
+        assert parsed.spec.prompt_tokens == (2, IMAGE_TOKEN, IMAGE_TOKEN, ord("h"), ord("i"))
+    files[1].write_bytes(b"GIF89a")
+    result = at(served, "generate", "hi", *images)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("easel: error: --image[1]: begins with b'GIF89a', which no known kind does")
+    result = at(served, "generate", "hi", "--image", str(tmp_path / "no.png"))
+    assert result.exit_code == 2
+    assert "--image[0]: is '" in result.stderr
 
 
 def test_generate_reads_standard_input(served: Served) -> None:

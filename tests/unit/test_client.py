@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,7 +17,7 @@ import pytest
 import pytest_asyncio
 
 from cluster.client import Accepted, Committed, Draft, EaselClient, Event, Finished, JobAttempt
-from cluster.core import FinishReason, Priority
+from cluster.core import FinishReason, Image, Priority
 from cluster.errors import (
     DeadlineExceeded,
     EaselError,
@@ -30,8 +31,10 @@ from cluster.errors import (
 from cluster.routers import backoff_s
 from cluster.rpc import convert
 from cluster.rpc.easel.v1 import jobs_pb2
+from cluster.rpc.prompts import MAX_FILE_BYTES
 from cluster.rpc.results import assemble
-from tests.unit.fake_router import MAX_REQUEST_BYTES, USAGE, FakeRouter, serve
+from tests.unit.fake_router import IMAGE_TOKEN, MAX_REQUEST_BYTES, USAGE, FakeRouter, serve
+from tests.unit.images import picture
 
 
 @pytest_asyncio.fixture
@@ -72,6 +75,30 @@ async def test_a_conversation_and_token_ids_are_prompts_too(client: EaselClient,
     await client.generate(tokens=[65, 66], request_id="tokens")
     assert router.parsed["chat"].spec.prompt_tokens == (2, 97, 98)
     assert router.parsed["tokens"].spec.prompt_tokens == (65, 66)
+
+
+async def test_content_may_be_texts_images_and_files_of_images(
+    client: EaselClient, router: FakeRouter, tmp_path: Path
+) -> None:
+    png, jpeg = picture("PNG"), picture("JPEG")
+    (tmp_path / "photo.jpg").write_bytes(jpeg)
+    await client.generate([{"role": "user", "content": ["a", png, tmp_path / "photo.jpg", "b"]}], request_id="seen")
+    assert router.parsed["seen"].images == (Image(png, "image/png"), Image(jpeg, "image/jpeg"))
+    assert router.parsed["seen"].spec.prompt_tokens == (2, 97, IMAGE_TOKEN, IMAGE_TOKEN, 98)
+
+
+async def test_a_file_that_cannot_be_sent_is_named(client: EaselClient, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"messages\[0\]\.parts\[1\]\.image: is '.*'; No such file"):
+        await client.generate([("user", ["a", tmp_path / "no.png"])])
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(InvalidRequest, match="of 67108865 bytes; at most 67108864 can be sent"):
+        await client.generate([("user", [tmp_path / "huge.png"])])
+
+
+async def test_content_of_another_type_is_a_type_error(client: EaselClient) -> None:
+    with pytest.raises(TypeError, match=r"messages\[0\]\.parts\[0\] is dict; allowed are str, bytes and paths"):
+        await client.generate([("user", [{"type": "text"}])])  # type: ignore[list-item]
 
 
 async def test_every_option_reaches_the_router(client: EaselClient, router: FakeRouter) -> None:

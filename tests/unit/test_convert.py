@@ -13,6 +13,7 @@ from cluster.core import (
     Canvas,
     Draft,
     FinishReason,
+    Image,
     JobSpec,
     Priority,
     ReplicaRow,
@@ -40,7 +41,9 @@ specs = st.builds(
     st.sampled_from(Priority),
     texts,
     st.booleans(),
+    counts,
 )
+images = st.lists(st.builds(Image, st.binary(max_size=20), texts), max_size=3).map(tuple)
 canvases = st.builds(Canvas, counts, tokens, tokens, texts, counts, reals)
 drafts = st.builds(Draft, counts, counts, texts, reals, counts)
 usages = st.builds(Usage, *[counts] * 6, *[st.integers(0, 2**63 - 1)] * 2)
@@ -50,6 +53,11 @@ usages = st.builds(Usage, *[counts] * 6, *[st.integers(0, 2**63 - 1)] * 2)
 def test_a_job_spec_comes_back_whole(spec: JobSpec) -> None:
     data = convert.job_spec_to_proto(spec).SerializeToString()
     assert convert.job_spec_from_proto(denoiser_pb2.JobSpec.FromString(data)) == spec
+
+
+@given(images)
+def test_images_come_back_whole(kept: tuple[Image, ...]) -> None:
+    assert convert.images_from_bytes(convert.images_to_bytes(kept)) == kept
 
 
 @given(canvases)

@@ -14,7 +14,7 @@ from cluster.jobs.paging import cursor_of, token_of
 
 def test_every_name_carries_the_hash_tag_of_its_namespace() -> None:
     keys = Keys("easel")
-    of_a_job = [keys.job("j"), keys.canvases("j"), keys.checkpoint("j")]
+    of_a_job = [keys.job("j"), keys.canvases("j"), keys.checkpoint("j"), keys.images("j")]
     names = [*keys.fixed, *of_a_job, keys.replica("r"), keys.running("r"), keys.schema]
     assert all(name.startswith("{easel}") for name in names)
     assert len(set(names)) == len(names)

@@ -5,23 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 from torch import Tensor
 
-from cluster.checkpoint import Checkpoint, read_checkpoint
+from cluster.checkpoint import Checkpoint
 from deployments.engine.api import EngineJob, StepReport
 from deployments.engine.torch_tp.engine import EngineSettings, TorchEngine
 from deployments.engine.torch_tp.model import Model
-from tests.oracle import some_checkpoint
-
-
-@pytest.fixture(scope="module")
-def checkpoint() -> Checkpoint:
-    torch.set_num_threads(1)
-    path = some_checkpoint()
-    if path is None:
-        pytest.skip("no checkpoint is here")
-    return read_checkpoint(path)
 
 
 def engine(checkpoint: Checkpoint, portion: int) -> TorchEngine:

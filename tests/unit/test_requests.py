@@ -12,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.core import Priority, Violation
+from cluster.core import Priority, Turn, Violation
 from cluster.errors import InvalidRequest
 from cluster.rpc.easel.v1 import generation_pb2, jobs_pb2
 from cluster.rpc.requests import (
@@ -73,10 +73,10 @@ def test_what_is_left_out_comes_from_the_model() -> None:
 
 
 def test_text_is_one_message_of_the_user() -> None:
-    seen: list[Sequence[tuple[str, str]]] = []
+    seen: list[Sequence[Turn]] = []
 
     class Recorder:
-        def encode_messages(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        def encode_messages(self, messages: Sequence[Turn]) -> list[int]:
             seen.append(messages)
             return [1]
 
@@ -321,7 +321,7 @@ def test_a_page_request_is_checked() -> None:
 
 def test_a_text_that_no_tokenizer_could_fit_is_refused_before_it_is_tokenized() -> None:
     class Unwanted:
-        def encode_messages(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        def encode_messages(self, messages: Sequence[Turn]) -> list[int]:
             raise AssertionError("the tokenizer was asked")
 
     request = generation_pb2.GenerateRequest(text="x" * (64 * CARD.max_context_tokens + 1))

@@ -14,6 +14,7 @@ from cluster.client import Accepted, Answer, Committed, Draft, EaselClient, Even
 from cluster.errors import ConfigError, DeadlineExceeded, EaselError, JobNotFound, JobReleased, Unavailable
 from cluster.routers import Routers
 from cluster.rpc.results import assemble
+from cluster.trust import Trust
 from tests.unit.fake_router import USAGE, FakeRouter, serve
 
 NOBODY = "127.0.0.1:1"
@@ -143,7 +144,7 @@ def test_a_client_of_nothing_or_with_bad_limits_is_refused(target: str, limits: 
 
 
 async def test_two_tasks_that_lose_a_router_at_once_leave_it_once() -> None:
-    routers = Routers("a:1,b:1,c:1", retries=0, patience_s=0, credentials=None)
+    routers = Routers("a:1,b:1,c:1", retries=0, patience_s=0, trust=Trust())
     routers.leave(0)
     routers.leave(1)
     routers.leave(0)

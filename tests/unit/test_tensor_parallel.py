@@ -23,11 +23,12 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.engine import mixed_prompts
+from cluster import __version__
 from cluster.checkpoint import LayerConfig, check_degree, read_checkpoint
 from cluster.core import ModelCard
 from cluster.errors import ConfigError, EngineError
 from deployments.engine.api import Engine, EngineJob
-from deployments.engine.torch_tp import weights
+from deployments.engine.torch_tp import ranks, weights
 from deployments.engine.torch_tp.engine import load_engine
 from deployments.engine.torch_tp.group import Ranks
 from deployments.engine.torch_tp.lead import LeadEngine
@@ -216,6 +217,18 @@ def test_ranks_that_would_run_different_things_are_refused_on_both_sides(tiny: P
     meeting = Meeting(HOST, 2, start_timeout_s=WAIT_S)
     process, _ = spawn(follow_alone, tiny, meeting.rendezvous, 1)
     with pytest.raises(ConfigError, match="rank 1 has slots 1, rank 0 has 7"):
+        lead_rank(tiny, meeting, device="cpu", slots=7)
+    process.join(WAIT_S)
+    assert process.exitcode == 1
+
+
+def test_ranks_of_two_versions_of_easel_are_refused_whatever_else_differs(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "__version__", "9.9.9")
+    meeting = Meeting(HOST, 2, start_timeout_s=WAIT_S)
+    process, _ = spawn(follow_alone, tiny, meeting.rendezvous, 1)
+    with pytest.raises(ConfigError, match=rf"rank 1 has Easel version {__version__}, rank 0 has 9\.9\.9"):
         lead_rank(tiny, meeting, device="cpu", slots=7)
     process.join(WAIT_S)
     assert process.exitcode == 1

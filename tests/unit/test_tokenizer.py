@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.core import Image, Turn
 from cluster.errors import CheckpointError
 from deployments.tokenizer import Tokenizer
 
@@ -28,6 +29,21 @@ def test_a_chat_is_rendered_with_the_checkpoints_template() -> None:
 
 def test_text_comes_back_without_special_tokens() -> None:
     assert Tokenizer(TINY).decode([2, ord("o"), ord("k"), 1, 0, 0]) == "ok"
+
+
+def test_images_are_rendered_where_the_template_puts_them(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(
+        "{% for part in messages[0]['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    )
+    chat: list[Turn] = [("user", ("a", Image(b"", "image/png"), "b"))]
+    assert Tokenizer(folder).encode_messages(chat) == [ord("a"), 7, ord("b")]
+
+
+def test_a_template_that_only_knows_texts_says_so() -> None:
+    chat: list[Turn] = [("user", (Image(b"", "image/png"),))]
+    with pytest.raises(ValueError, match="it takes only texts"):
+        Tokenizer(TINY).encode_messages(chat)
 
 
 def test_a_template_that_refuses_gives_its_own_reason(folder: Path) -> None:

@@ -19,16 +19,7 @@ from deployments.engine.torch_tp.engine import EngineSettings, TorchEngine
 from deployments.engine.torch_tp.experts import route
 from deployments.engine.torch_tp.linear import TileLinear, tile_product
 from deployments.engine.torch_tp.plan import context_bucket
-from tests.oracle import RandomShape, TileRunner, encode, some_checkpoint, write_random_checkpoint
-
-
-@pytest.fixture(scope="module")
-def checkpoint() -> Checkpoint:
-    torch.set_num_threads(1)
-    path = some_checkpoint()
-    if path is None:
-        pytest.skip("no checkpoint is here")
-    return read_checkpoint(path)
+from tests.oracle import RandomShape, TileRunner, encode, write_random_checkpoint
 
 
 def engine(checkpoint: Checkpoint, **settings: int | str) -> TorchEngine:

@@ -32,9 +32,11 @@ for _ = 1, limit do
   end
 end
 
--- Jobs that their tenant's quota holds stand in no level; they are found by their deadlines.
-for _, job_id in ipairs(redis.call('ZRANGEBYSCORE', HELD, '-inf', now_ms, 'LIMIT', 0, limit)) do
-  expire_waiting(redis.call('HGET', job_key(job_id), 'member'), now_ms)
+-- Jobs that their tenant's quota holds stand in no level; a look finds them by their deadlines, an arrival does not.
+if ARGV[3] == '' then
+  for _, job_id in ipairs(redis.call('ZRANGEBYSCORE', held_key(), '-inf', now_ms, 'LIMIT', 0, limit)) do
+    expire_waiting(redis.call('HGET', job_key(job_id), 'member'), now_ms)
+  end
 end
 
 -- One level for every AGING_MS of waiting, up to one above the most urgent priority (cluster/policy/ordering.py).

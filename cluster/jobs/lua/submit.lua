@@ -1,11 +1,12 @@
 -- submit: stores a job and puts it into the queue.
--- KEYS   1-12 the fixed keys of lib/names.lua, 13 the job's record.
+-- KEYS   1-12 the fixed keys of lib/names.lua, 13 the job's record, 14 its images.
 -- ARGV   1 limits (lib/policy.lua), 2 job id, 3 digest, 4 spec, 5 priority, 6 tenant, 7 seed, 8 prompt tokens,
---        9 timeout in ms or '', 10 router, 11 queue limit in jobs.
+--        9 timeout in ms or '', 10 router, 11 queue limit in jobs, 12 images or '', 13 limit of all images in bytes,
+--        14 '1' where tenants have quotas.
 -- From   nothing. A job with this id and digest is left as it is.
 -- Return 1 when the job was created, 0 when it was there.
--- Errors REQUEST_ID_REUSED (the id has another digest), QUEUE_FULL, QUOTA_EXCEEDED <which> <limit> <ms to come back in,
---        0 where nobody knows>. A job that was there spends nothing of its tenant's quota.
+-- Errors REQUEST_ID_REUSED (the id has another digest), QUEUE_FULL, IMAGES_FULL, QUOTA_EXCEEDED <which> <limit> <ms to
+--        come back in, 0 where nobody knows>. A job that was there spends nothing of its tenant's quota.
 --@include names.lua
 --@include policy.lua
 --@include clock.lua
@@ -20,14 +21,20 @@ if digest then
   if digest == ARGV[3] then return 0 end
   return redis.error_reply('REQUEST_ID_REUSED none 0')
 end
-if redis.call('ZCARD', QUEUE) + redis.call('ZCARD', HELD) >= tonumber(ARGV[11]) then
+local now_ms, tenant, counted = clock_ms(), ARGV[6], nil
+local quota, waiting = nil, redis.call('ZCARD', QUEUE)
+if ARGV[14] == '1' then quota = quotas().quota_of(tenant) end
+if quota then waiting = waiting + redis.call('ZCARD', held_key()) end
+if waiting >= tonumber(ARGV[11]) then
   return redis.error_reply('QUEUE_FULL none 0')
 end
-
-local now_ms, tenant, counted = clock_ms(), ARGV[6], nil
-local quota = quota_of(tenant)
+local image_bytes = #ARGV[12]
+if image_bytes > 0 then
+  image_bytes = image_bytes + tonumber(redis.call('GET', image_bytes_key()) or 0)
+  if image_bytes > tonumber(ARGV[13]) then return redis.error_reply('IMAGES_FULL none 0') end
+end
 if quota then
-  if quota.queued and waiting_of(tenant) >= quota.queued then
+  if quota.queued and quotas().waiting_of(tenant) >= quota.queued then
     return redis.error_reply('QUOTA_EXCEEDED queued_jobs ' .. quota.queued .. ' 0')
   end
   local wait_ms = quota.per_s and take_token(tenant, quota, now_ms)
@@ -35,6 +42,10 @@ if quota then
     return redis.error_reply(string.format('QUOTA_EXCEEDED requests_per_s %.14g %d', quota.per_s, wait_ms))
   end
   if quota.running or quota.queued then counted = tenant end
+end
+if image_bytes > 0 then
+  redis.call('SET', KEYS[14], ARGV[12])
+  redis.call('SET', image_bytes_key(), image_bytes)
 end
 local deadline_ms = ''
 if ARGV[9] ~= '' then deadline_ms = now_ms + tonumber(ARGV[9]) end

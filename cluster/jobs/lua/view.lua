@@ -19,4 +19,4 @@ for i = 1, #leases, 2 do
       redis.call('HLEN', running_key(replica)), row[1], row[2], row[3], row[4], row[5], row[6] or ''}
   end
 end
-return {redis.call('ZCARD', QUEUE) + redis.call('ZCARD', HELD), redis.call('ZRANGEBYSCORE', ROUTERS, '(' .. now_ms, '+inf'), rows}
+return {redis.call('ZCARD', QUEUE) + redis.call('ZCARD', held_key()), redis.call('ZRANGEBYSCORE', ROUTERS, '(' .. now_ms, '+inf'), rows}

@@ -31,8 +31,9 @@ from deployments.engine.torch_tp.model import Model
 from deployments.engine.torch_tp.payload import CanvasState, pack, unpack
 from deployments.engine.torch_tp.plan import Planner, Tile
 from deployments.engine.torch_tp.prefill import PrefillQueue
-from deployments.engine.torch_tp.sampler import StepInputs, StepOutputs, temperature
+from deployments.engine.torch_tp.sampler import StepInputs, temperature
 from deployments.engine.torch_tp.shard import Shard
+from deployments.engine.torch_tp.step_graph import CudaRecorder, Outputs, Recorder, StepGraphs, StepWork
 from deployments.engine.torch_tp.weights import load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,7 +47,8 @@ class EngineSettings:
     `max_context_tokens` bounds prompt and answer of one job and, with `slots`, the size of the KV cache; None takes
     what the model was made for. `prefill_tiles_per_step` bounds how much of the waiting prompts joins one step, so
     that a long prompt holds up the canvases in progress by no more than that. `prefix_reuse` shares what jobs have in
-    common at the start of their contexts; it changes no token. Raises ConfigError.
+    common at the start of their contexts; it changes no token. `cuda_graphs` replays denoising steps on CUDA, where
+    the replica is one rank. Raises ConfigError.
     """
 
     slots: int = 8
@@ -55,6 +57,7 @@ class EngineSettings:
     max_context_tokens: int | None = None
     prefill_tiles_per_step: int = 4
     prefix_reuse: bool = True
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -94,9 +97,13 @@ class TorchEngine:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, settings: EngineSettings | None = None, group: Group | None = None
+        self,
+        checkpoint: Checkpoint,
+        settings: EngineSettings | None = None,
+        group: Group | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        """Raises ConfigError for a degree that the model cannot be cut to."""
+        """`recorder` stands in for CUDA graphs. Raises ConfigError for a degree that the model cannot be cut to."""
         self._settings = settings = settings or EngineSettings()
         self._group = group = group or Solo()
         check_degree(checkpoint.config, group.world)
@@ -123,6 +130,7 @@ class TorchEngine:
             shape = (settings.slots + 1, config.canvas_tokens, config.hidden_size)
             self._soft = torch.zeros(shape, dtype=dtype, device=device)
         self._planner = Planner(config, context_tokens, dtype, device)
+        self._graphs = self._step_graphs(recorder)
         self._free_slots = list(range(settings.slots - 1, -1, -1))
         self._jobs: dict[str, ActiveJob] = {}
         self._prefill = PrefillQueue(settings.prefill_tiles_per_step)
@@ -257,17 +265,50 @@ class TorchEngine:
     def _run(self, tiles: Sequence[Tile], ready: Sequence[ActiveJob]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """One forward and one decision. Returns argmax and next canvas, int64 [2, jobs, rows], and mean entropy and
         accepted count, float64 [2, jobs], jobs as in `ready`."""
+        try:
+            return self._compute(tiles, ready)
+        except torch.OutOfMemoryError as error:
+            # Recordings hold memory of their own.
+            if self._graphs is None or not self._graphs.give_up(error):
+                raise
+        return self._compute(tiles, ready)
+
+    def _compute(
+        self, tiles: Sequence[Tile], ready: Sequence[ActiveJob]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         plan = self._planner.build(tiles)
         # The last row is the zero one.
-        read = np.array([job.slot if job.step else self.slots for job in ready], dtype=np.int64)
-        before = self._upload(read)
-        hidden = self._model.forward(plan, self._soft.index_select(0, before), self._cache.layers)
+        before = self._upload(np.array([job.slot if job.step else self.slots for job in ready], dtype=np.int64))
         if not ready:
+            self._model.forward(plan, self._soft.index_select(0, before), self._cache.layers)
             return np.empty((2, 0, 0), dtype=np.int64), np.empty((2, 0))
-        outputs = self._decide(hidden, self._inputs(ready))
         after = self._upload(np.array([job.slot for job in ready]))
-        self._soft.index_copy_(0, after, outputs.soft)
-        return _download(outputs)
+        run = self._denoise if self._graphs is None else self._graphs
+        tokens, numbers = run(StepWork(plan, before, after, self._inputs(ready)))
+        return tokens.cpu().numpy(), numbers.cpu().numpy()
+
+    def _denoise(self, work: StepWork) -> Outputs:
+        """On the device alone: nothing here may wait for it, or it could not be recorded."""
+        hidden = self._model.forward(work.plan, self._soft.index_select(0, work.before), self._cache.layers)
+        outputs = self._decide(hidden, work.inputs)
+        tokens = torch.stack((outputs.argmax, outputs.next_canvas))
+        numbers = torch.stack((outputs.mean_entropy.double(), outputs.accepted.double()))
+        # Last: a step that runs out of memory before may be done again.
+        self._soft.index_copy_(0, work.after, outputs.soft)
+        return tokens, numbers
+
+    def _step_graphs(self, recorder: Recorder | None) -> StepGraphs | None:
+        """None where steps are not recorded: on CPU, when it is turned off, and with several ranks, whose waits for
+        each other have a timeout only outside of a graph."""
+        settings = self._settings
+        if not settings.cuda_graphs or self._group.world > 1:
+            return None
+        if recorder is None and self._device.type != "cuda":
+            return None
+        # A graph keeps addresses, so memory that grows must have its last size before: at most every slot has a
+        # committed canvas and a new one in a step, next to the prompts.
+        self._model.reserve(2 * settings.slots + settings.prefill_tiles_per_step)
+        return StepGraphs(self._denoise, recorder or CudaRecorder())
 
     def _inputs(self, ready: Sequence[ActiveJob]) -> StepInputs:
         draws = [job.draws() for job in ready]
@@ -310,9 +351,3 @@ def _context_tokens(checkpoint: Checkpoint, settings: EngineSettings) -> int:
             f"at most the model's {limit}"
         )
     return wanted
-
-
-def _download(outputs: StepOutputs) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    tokens = torch.stack((outputs.argmax, outputs.next_canvas))
-    numbers = torch.stack((outputs.mean_entropy.double(), outputs.accepted.double()))
-    return tokens.cpu().numpy(), numbers.cpu().numpy()

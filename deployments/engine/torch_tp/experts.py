@@ -105,10 +105,13 @@ def _one_by_one(normed: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -
 
 
 def _grouped(normed: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The same as `_one_by_one` with rows sorted by expert and one grouped product for all experts."""
-    flat = chosen.flatten()
-    order = torch.argsort(flat, stable=True)
-    ends = torch.bincount(flat, minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
+    """The same as `_one_by_one` with rows sorted by expert and one grouped product for all experts.
+
+    Where experts end is searched for and not counted: torch.bincount waits for the device.
+    """
+    experts, order = torch.sort(chosen.flatten(), stable=True)
+    numbers = torch.arange(gate_up.shape[0], device=experts.device)
+    ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
     rows = normed.flatten(0, 1)[order // chosen.shape[-1]]
     gate, up = functional.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
     inner = functional.gelu(gate, approximate="tanh") * up

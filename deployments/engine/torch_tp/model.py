@@ -41,6 +41,11 @@ class Model:
         }
         self._memory = {kind: HeadMemory(shape, config.canvas_tokens, device) for kind, shape in heads.items()}
 
+    def reserve(self, tiles: int) -> None:
+        """Makes room for steps of up to `tiles` tiles, so that no later one moves the memory that they work in."""
+        for memory in self._memory.values():
+            memory.buffers(tiles)
+
     def forward(self, plan: StepPlan, soft: Tensor, cache: tuple[Tensor, ...]) -> Tensor:
         """One pass over a step's tiles.
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import Store, TCPStore
 
+from cluster import __version__
 from cluster.checkpoint import Checkpoint, check_degree, read_checkpoint
 from cluster.errors import ConfigError
 from deployments.engine.torch_tp.engine import EngineSettings, TorchEngine
@@ -177,8 +178,9 @@ def _read(folder: str | Path, place: Rendezvous, settings: dict[str, Any]) -> tu
 
 
 def _facts(checkpoint: Checkpoint, settings: EngineSettings) -> dict[str, Any]:
-    """What must be equal on all ranks, or they would come apart."""
+    """What must be equal on all ranks, or they would come apart. What explains other differences comes first."""
     return {
+        "Easel version": __version__,
         **asdict(settings),
         "device": settings.torch_device.type,
         "model version": checkpoint.card.version,

@@ -10,9 +10,17 @@ local function forget_expired(now_ms)
   end
 end
 
+local function forget_images(job_id)
+  local bytes = redis.call('STRLEN', images_key(job_id))
+  if bytes == 0 then return end
+  redis.call('DEL', images_key(job_id))
+  redis.call('DECRBY', image_bytes_key(), bytes)
+end
+
 -- Moves a job that waits or runs to the terminal `state`, out of the queue and off its slot. `fields` are the
 -- pairs to store with it.
--- Invariant: a terminal job is in no queue, holds no slot and no checkpoint, has no owner, and has a time to live.
+-- Invariant: a terminal job is in no queue, holds no slot, no checkpoint and no images, has no owner, and has a time to
+-- live.
 local function close_job(job_id, state, fields, now_ms)
   local key = job_key(job_id)
   local row = redis.call('HMGET', key, 'replica', 'member', 'victim', 'router', 'counted', 'tenant')
@@ -21,11 +29,12 @@ local function close_job(job_id, state, fields, now_ms)
   redis.call('ZREM', WAITING, job_id)
   redis.call('SREM', owned_key(row[4]), job_id)
   redis.call('DEL', checkpoint_key(job_id))
+  forget_images(job_id)
   if row[1] ~= '' then leave_slot(job_id, row[1], row[3]) end
   if row[5] then
-    redis.call('SREM', running_of_key(row[6]), job_id)
-    step_out(row[6], row[2])
-    balance(row[6])
+    quotas().rests(row[6], job_id)
+    quotas().step_out(row[6], row[2])
+    quotas().balance(row[6])
   end
   local gone_ms = now_ms + RETENTION_S * 1000
   redis.call('PEXPIREAT', key, gone_ms)

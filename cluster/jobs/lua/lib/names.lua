@@ -7,6 +7,8 @@ local VICTIMS, MARKED, APART, PULSE = KEYS[9], KEYS[10], KEYS[11], KEYS[12]
 local function job_key(job_id) return BASE .. ':job:' .. job_id end
 local function canvases_key(job_id) return BASE .. ':canvases:' .. job_id end
 local function checkpoint_key(job_id) return BASE .. ':checkpoint:' .. job_id end
+local function images_key(job_id) return BASE .. ':images:' .. job_id end
+local function image_bytes_key() return BASE .. ':image_bytes' end
 local function replica_key(replica) return BASE .. ':replica:' .. replica end
 local function running_key(replica) return BASE .. ':running:' .. replica end
 local function fresh_key(replica) return BASE .. ':fresh:' .. replica end
@@ -15,8 +17,8 @@ local function owned_key(router) return BASE .. ':owned:' .. router end
 -- The index that a job is listed in. With credentials a job's id begins with its tenant and a slash, which no request
 -- id can hold (cluster/security/identity.py): each tenant has an index of its own.
 local function index_key(job_id)
-  local tenant = string.match(job_id, '^([^/]*)/')
-  if tenant then return JOBS .. ':' .. tenant end
+  local slash = string.find(job_id, '/', 1, true)
+  if slash then return JOBS .. ':' .. string.sub(job_id, 1, slash - 1) end
   return JOBS
 end
 

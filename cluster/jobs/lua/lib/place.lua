@@ -70,7 +70,7 @@ local function start_job(member, job_id, job, row, now_ms)
   row.active = row.active + 1
   local victim = victim_member(tonumber(job.priority), row.turn, job_id)
   dequeue(job_id, member, job.counted)
-  if job.counted then redis.call('SADD', running_of_key(job.counted), job_id) end
+  if job.counted then quotas().runs(job.counted, job_id) end
   redis.call('HSET', key, 'state', 'running', 'epoch', epoch, 'attempts', tonumber(job.attempts) + 1,
     'replica', row.replica, 'address', row.address, 'victim', victim, 'assigned_ms', now_ms)
   if job.started_ms == '' then redis.call('HSET', key, 'started_ms', now_ms) end

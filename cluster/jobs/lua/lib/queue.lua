@@ -21,12 +21,12 @@ end
 -- Puts a job into the queue; its member stays the same for as long as it lives, but for what it gains by waiting.
 -- `counted` is the tenant of a job that counts against a quota (lib/quota.lua), or nil.
 local function enqueue(job_id, member, now_ms, counted)
-  if counted then line_up(counted, member) else redis.call('ZADD', QUEUE, 0, member) end
+  if counted then quotas().line_up(counted, member) else redis.call('ZADD', QUEUE, 0, member) end
   redis.call('ZADD', WAITING, now_ms, job_id)
 end
 
 local function dequeue(job_id, member, counted)
   redis.call('ZREM', QUEUE, member)
   redis.call('ZREM', WAITING, job_id)
-  if counted then step_out(counted, member) end
+  if counted then quotas().step_out(counted, member) end
 end

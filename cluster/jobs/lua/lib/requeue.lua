@@ -48,7 +48,7 @@ local function requeue(job_id, reason, message, loss, now_ms)
   end
   redis.call('HSET', key, 'state', 'queued', 'member', member)
   local counted = job[10] and job[11]
-  if counted then redis.call('SREM', running_of_key(counted), job_id) end
+  if counted then quotas().rests(counted, job_id) end
   enqueue(job_id, member, now_ms, counted)
   ring(job[3], 'released:' .. job[4], job_id)
 end

@@ -145,7 +145,9 @@ class ClusterStatus(_message.Message):
 
     @_builtins.property
     def pending(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What replicas that have no place wait for, and what the machines have: one line for all that want the same."""
+        """What replicas that have no place wait for, and what the machines have: one line for all that want the same. And why
+        replicas do not start, when their last attempt failed.
+        """
 
     def __init__(
         self,

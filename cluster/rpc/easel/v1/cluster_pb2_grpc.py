@@ -52,7 +52,8 @@ class ClusterServicer:
     """
 
     def GetStatus(self, request, context):
-        """GetStatus reads replicas, slots and the queue, as Redis has them.
+        """GetStatus reads replicas, slots and the queue, as Redis has them. Where the cluster asks for credentials, those that
+        are not marked admin get the numbers, and no replicas, routers and pending.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -62,6 +63,7 @@ class ClusterServicer:
         """DrainReplica has a replica give back its jobs and leave. It gets no new job from this moment on; those that it runs
         stop at the next denoising step and go on elsewhere from there. Returns at once: the replica has left when
         GetStatus lists it no more. Safe to repeat; NOT_FOUND when no replica has this id, or it has left already.
+        PERMISSION_DENIED for a credential that is not marked admin.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,11 +34,14 @@ class ClusterStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ClusterAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetStatusRequest, _cluster_pb2.ClusterStatus]
-    """GetStatus reads replicas, slots and the queue, as Redis has them."""
+    """GetStatus reads replicas, slots and the queue, as Redis has them. Where the cluster asks for credentials, those that
+    are not marked admin get the numbers, and no replicas, routers and pending.
+    """
     DrainReplica: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DrainReplicaRequest, _cluster_pb2.DrainReplicaResponse]
     """DrainReplica has a replica give back its jobs and leave. It gets no new job from this moment on; those that it runs
     stop at the next denoising step and go on elsewhere from there. Returns at once: the replica has left when
     GetStatus lists it no more. Safe to repeat; NOT_FOUND when no replica has this id, or it has left already.
+    PERMISSION_DENIED for a credential that is not marked admin.
     """
 
 @_typing.type_check_only
@@ -47,11 +50,14 @@ class ClusterAsyncStub(ClusterStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetStatusRequest, _cluster_pb2.ClusterStatus]  # type: ignore[assignment]
-    """GetStatus reads replicas, slots and the queue, as Redis has them."""
+    """GetStatus reads replicas, slots and the queue, as Redis has them. Where the cluster asks for credentials, those that
+    are not marked admin get the numbers, and no replicas, routers and pending.
+    """
     DrainReplica: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainReplicaRequest, _cluster_pb2.DrainReplicaResponse]  # type: ignore[assignment]
     """DrainReplica has a replica give back its jobs and leave. It gets no new job from this moment on; those that it runs
     stop at the next denoising step and go on elsewhere from there. Returns at once: the replica has left when
     GetStatus lists it no more. Safe to repeat; NOT_FOUND when no replica has this id, or it has left already.
+    PERMISSION_DENIED for a credential that is not marked admin.
     """
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
@@ -63,7 +69,9 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         request: _cluster_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.ClusterStatus, _abc.Awaitable[_cluster_pb2.ClusterStatus]]:
-        """GetStatus reads replicas, slots and the queue, as Redis has them."""
+        """GetStatus reads replicas, slots and the queue, as Redis has them. Where the cluster asks for credentials, those that
+        are not marked admin get the numbers, and no replicas, routers and pending.
+        """
 
     @_abc_1.abstractmethod
     def DrainReplica(
@@ -74,6 +82,7 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         """DrainReplica has a replica give back its jobs and leave. It gets no new job from this moment on; those that it runs
         stop at the next denoising step and go on elsewhere from there. Returns at once: the replica has left when
         GetStatus lists it no more. Safe to repeat; NOT_FOUND when no replica has this id, or it has left already.
+        PERMISSION_DENIED for a credential that is not marked admin.
         """
 
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -109,26 +109,91 @@ FINISH_REASON_STOP: FinishReason.ValueType  # 3
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
+class Image(_message.Message):
+    """Image is a picture in a conversation. The models see no animation: one of several frames is refused."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    MIME_TYPE_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The whole file: a PNG, JPEG or WebP of at most 4 MiB, 8192 pixels a side and 33,554,432 pixels in all."""
+    mime_type: _builtins.str
+    """image/png, image/jpeg or image/webp, as the data must be; left out, the data alone tells."""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+        mime_type: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "mime_type", b"mime_type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Image: _TypeAlias = Image  # noqa: Y015
+
+@_typing.final
+class ContentPart(_message.Message):
+    """ContentPart is a piece of what a message says. Exactly one of its fields is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """A piece of text."""
+    @_builtins.property
+    def image(self) -> Global___Image:
+        """A picture, seen where it stands between the texts. At most 16 in a request, of 16 MiB in all and within the
+        cluster's limit of a request (4 MiB by default), for an engine and a checkpoint that take images; others answer
+        FAILED_PRECONDITION, reason ENGINE_CANNOT, and name the engine.
+        """
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        image: Global___Image | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "part", b"part", "text", b"text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "part", b"part", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["text", "image"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___ContentPart: _TypeAlias = ContentPart  # noqa: Y015
+
+@_typing.final
 class ChatMessage(_message.Message):
-    """ChatMessage is one turn of a conversation."""
+    """ChatMessage is one turn of a conversation. Exactly one of content and parts is set."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     role: Global___Role.ValueType
-    """Who speaks."""
+    """Who speaks. Images are for ROLE_USER."""
     content: _builtins.str
     """What is said, as text."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContentPart]:
+        """What is said, in pieces, read in this order. Texts without an image among them are joined as they are."""
+
     def __init__(
         self,
         *,
         role: Global___Role.ValueType = ...,
         content: _builtins.str = ...,
+        parts: _abc.Iterable[Global___ContentPart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "parts", b"parts", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -247,12 +312,14 @@ class GenerateRequest(_message.Message):
     priority: Global___Priority.ValueType
     """Place in the queue."""
     tenant: _builtins.str
-    """Whom the job is for, at most 128 characters; reported back, and a key for quotas."""
+    """Whom the job is for, at most 128 characters; reported back, and a key for quotas. Where the cluster asks for
+    credentials it is the credential's: empty or the same here, anything else is PERMISSION_DENIED.
+    """
     drafts: _builtins.bool
     """Send the canvas in progress after every denoising step (StreamGenerate, and Watch after Submit)."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """A conversation, rendered with the checkpoint's chat template."""
+        """A conversation, rendered with the checkpoint's chat template. The only form of a prompt that may hold images."""
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -304,7 +371,7 @@ class Usage(_message.Message):
     QUEUE_MS_FIELD_NUMBER: _builtins.int
     RUN_MS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
-    """Tokens of the context, template included."""
+    """Tokens of the context, template included. An image counts as one: the engine knows how many positions it takes."""
     generated_tokens: _builtins.int
     """Tokens of the answer, without end-of-sequence and padding."""
     canvases: _builtins.int

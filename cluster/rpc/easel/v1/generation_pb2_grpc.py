@@ -34,7 +34,9 @@ class GenerationStub:
     read on after `accepted` with Jobs.Watch, from the last canvas_index seen plus 1: either way the answer is the same.
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
-    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel".
+    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT. Where the cluster asks for credentials, a call brings one along as
+    "authorization: Bearer CREDENTIAL"; without a good one it is UNAUTHENTICATED.
     """
 
     def __init__(self, channel):
@@ -64,7 +66,9 @@ class GenerationServicer:
     read on after `accepted` with Jobs.Watch, from the last canvas_index seen plus 1: either way the answer is the same.
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
-    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel".
+    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT. Where the cluster asks for credentials, a call brings one along as
+    "authorization: Bearer CREDENTIAL"; without a good one it is UNAUTHENTICATED.
     """
 
     def Generate(self, request, context):
@@ -111,7 +115,9 @@ class Generation:
     read on after `accepted` with Jobs.Watch, from the last canvas_index seen plus 1: either way the answer is the same.
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
-    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel".
+    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT. Where the cluster asks for credentials, a call brings one along as
+    "authorization: Bearer CREDENTIAL"; without a good one it is UNAUTHENTICATED.
     """
 
     @staticmethod

@@ -35,7 +35,9 @@ class GenerationStub:
     read on after `accepted` with Jobs.Watch, from the last canvas_index seen plus 1: either way the answer is the same.
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
-    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel".
+    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT. Where the cluster asks for credentials, a call brings one along as
+    "authorization: Bearer CREDENTIAL"; without a good one it is UNAUTHENTICATED.
     """
 
     @_typing.overload
@@ -57,7 +59,9 @@ class GenerationAsyncStub(GenerationStub):
     read on after `accepted` with Jobs.Watch, from the last canvas_index seen plus 1: either way the answer is the same.
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
-    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel".
+    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT. Where the cluster asks for credentials, a call brings one along as
+    "authorization: Bearer CREDENTIAL"; without a good one it is UNAUTHENTICATED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -75,7 +79,9 @@ class GenerationServicer(metaclass=_abc_1.ABCMeta):
     read on after `accepted` with Jobs.Watch, from the last canvas_index seen plus 1: either way the answer is the same.
 
     Failures are gRPC statuses with google.rpc details: INVALID_ARGUMENT with BadRequest, RESOURCE_EXHAUSTED and
-    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel".
+    UNAVAILABLE with RetryInfo, and everything with an ErrorInfo of domain "easel". What the cluster's engine cannot do is
+    FAILED_PRECONDITION with the reason ENGINE_CANNOT. Where the cluster asks for credentials, a call brings one along as
+    "authorization: Bearer CREDENTIAL"; without a good one it is UNAUTHENTICATED.
     """
 
     @_abc_1.abstractmethod

@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class JobsStub:
-    """Jobs submits work and reads it later, from any router.
+    """Jobs submits work and reads it later, from any router. Where the cluster asks for credentials, a caller sees the jobs
+    of its own tenant; any other's is NOT_FOUND.
     """
 
     def __init__(self, channel):
@@ -64,7 +65,8 @@ class JobsStub:
 
 
 class JobsServicer:
-    """Jobs submits work and reads it later, from any router.
+    """Jobs submits work and reads it later, from any router. Where the cluster asks for credentials, a caller sees the jobs
+    of its own tenant; any other's is NOT_FOUND.
     """
 
     def Submit(self, request, context):
@@ -142,7 +144,8 @@ def add_JobsServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Jobs:
-    """Jobs submits work and reads it later, from any router.
+    """Jobs submits work and reads it later, from any router. Where the cluster asks for credentials, a caller sees the jobs
+    of its own tenant; any other's is NOT_FOUND.
     """
 
     @staticmethod

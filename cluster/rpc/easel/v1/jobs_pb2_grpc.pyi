@@ -28,7 +28,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class JobsStub:
-    """Jobs submits work and reads it later, from any router."""
+    """Jobs submits work and reads it later, from any router. Where the cluster asks for credentials, a caller sees the jobs
+    of its own tenant; any other's is NOT_FOUND.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -52,7 +54,9 @@ class JobsStub:
 
 @_typing.type_check_only
 class JobsAsyncStub(JobsStub):
-    """Jobs submits work and reads it later, from any router."""
+    """Jobs submits work and reads it later, from any router. Where the cluster asks for credentials, a caller sees the jobs
+    of its own tenant; any other's is NOT_FOUND.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Submit: _aio.UnaryUnaryMultiCallable[_jobs_pb2.SubmitRequest, _jobs_pb2.Job]  # type: ignore[assignment]
@@ -72,7 +76,9 @@ class JobsAsyncStub(JobsStub):
     """List pages through jobs, newest first."""
 
 class JobsServicer(metaclass=_abc_1.ABCMeta):
-    """Jobs submits work and reads it later, from any router."""
+    """Jobs submits work and reads it later, from any router. Where the cluster asks for credentials, a caller sees the jobs
+    of its own tenant; any other's is NOT_FOUND.
+    """
 
     @_abc_1.abstractmethod
     def Submit(

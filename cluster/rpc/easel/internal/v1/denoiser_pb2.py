@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cluster.rpc.easel.v1 import generation_pb2 as easel_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n easel/internal/v1/denoiser.proto\x12\x11\x65\x61sel.internal.v1\x1a\x19\x65\x61sel/v1/generation.proto\"\xbd\x01\n\x08Sampling\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\x16\n\x0emax_new_tokens\x18\x02 \x01(\x05\x12\x1b\n\x13max_denoising_steps\x18\x03 \x01(\x05\x12\x15\n\rentropy_bound\x18\x04 \x01(\x01\x12\r\n\x05t_min\x18\x05 \x01(\x01\x12\r\n\x05t_max\x18\x06 \x01(\x01\x12\x1c\n\x14\x63onfidence_threshold\x18\x07 \x01(\x01\x12\x1b\n\x13stability_threshold\x18\x08 \x01(\x05\"\x9f\x01\n\x07JobSpec\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x03(\x05\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.easel.internal.v1.Sampling\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x0e\n\x06\x64rafts\x18\x07 \x01(\x08\"q\n\nRunRequest\x12(\n\x04spec\x18\x01 \x01(\x0b\x32\x1a.easel.internal.v1.JobSpec\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x1a\n\x12\x63ommitted_canvases\x18\x03 \x01(\x05\x12\x0e\n\x06\x64rafts\x18\x04 \x01(\x08\"\xaf\x01\n\x08RunEvent\x12/\n\x05\x64raft\x18\x01 \x01(\x0b\x32\x1e.easel.internal.v1.DraftCanvasH\x00\x12\x37\n\tcommitted\x18\x02 \x01(\x0b\x32\".easel.internal.v1.CommittedCanvasH\x00\x12\x30\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.easel.internal.v1.FinishedJobB\x07\n\x05\x65vent\"n\n\x0b\x44raftCanvas\x12\x14\n\x0c\x63\x61nvas_index\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x14\n\x0cmean_entropy\x18\x04 \x01(\x01\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\x05\"\x88\x01\n\x0f\x43ommittedCanvas\x12\x14\n\x0c\x63\x61nvas_index\x18\x01 \x01(\x05\x12\x12\n\nraw_tokens\x18\x02 \x03(\x05\x12\x0e\n\x06tokens\x18\x03 \x03(\x05\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x17\n\x0f\x64\x65noising_steps\x18\x05 \x01(\x05\x12\x14\n\x0cmean_entropy\x18\x06 \x01(\x01\"D\n\x0b\x46inishedJob\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12\x1e\n\x05usage\x18\x02 \x01(\x0b\x32\x0f.easel.v1.Usage2O\n\x08\x44\x65noiser\x12\x43\n\x03Run\x12\x1d.easel.internal.v1.RunRequest\x1a\x1b.easel.internal.v1.RunEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n easel/internal/v1/denoiser.proto\x12\x11\x65\x61sel.internal.v1\x1a\x19\x65\x61sel/v1/generation.proto\"\xbd\x01\n\x08Sampling\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\x16\n\x0emax_new_tokens\x18\x02 \x01(\x05\x12\x1b\n\x13max_denoising_steps\x18\x03 \x01(\x05\x12\x15\n\rentropy_bound\x18\x04 \x01(\x01\x12\r\n\x05t_min\x18\x05 \x01(\x01\x12\r\n\x05t_max\x18\x06 \x01(\x01\x12\x1c\n\x14\x63onfidence_threshold\x18\x07 \x01(\x01\x12\x1b\n\x13stability_threshold\x18\x08 \x01(\x05\"\xc9\x01\n\x07JobSpec\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x03(\x05\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.easel.internal.v1.Sampling\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x0e\n\x06\x64rafts\x18\x07 \x01(\x08\x12\x13\n\x0bimage_count\x18\x08 \x01(\x05\x12\x13\n\x0btraceparent\x18\t \x01(\t\"(\n\x05Image\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x11\n\tmime_type\x18\x02 \x01(\t\"5\n\tJobImages\x12(\n\x06images\x18\x01 \x03(\x0b\x32\x18.easel.internal.v1.Image\"q\n\nRunRequest\x12(\n\x04spec\x18\x01 \x01(\x0b\x32\x1a.easel.internal.v1.JobSpec\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x1a\n\x12\x63ommitted_canvases\x18\x03 \x01(\x05\x12\x0e\n\x06\x64rafts\x18\x04 \x01(\x08\"\xaf\x01\n\x08RunEvent\x12/\n\x05\x64raft\x18\x01 \x01(\x0b\x32\x1e.easel.internal.v1.DraftCanvasH\x00\x12\x37\n\tcommitted\x18\x02 \x01(\x0b\x32\".easel.internal.v1.CommittedCanvasH\x00\x12\x30\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.easel.internal.v1.FinishedJobB\x07\n\x05\x65vent\"n\n\x0b\x44raftCanvas\x12\x14\n\x0c\x63\x61nvas_index\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x14\n\x0cmean_entropy\x18\x04 \x01(\x01\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\x05\"\x88\x01\n\x0f\x43ommittedCanvas\x12\x14\n\x0c\x63\x61nvas_index\x18\x01 \x01(\x05\x12\x12\n\nraw_tokens\x18\x02 \x03(\x05\x12\x0e\n\x06tokens\x18\x03 \x03(\x05\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x17\n\x0f\x64\x65noising_steps\x18\x05 \x01(\x05\x12\x14\n\x0cmean_entropy\x18\x06 \x01(\x01\"D\n\x0b\x46inishedJob\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12\x1e\n\x05usage\x18\x02 \x01(\x0b\x32\x0f.easel.v1.Usage2O\n\x08\x44\x65noiser\x12\x43\n\x03Run\x12\x1d.easel.internal.v1.RunRequest\x1a\x1b.easel.internal.v1.RunEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,17 +35,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING']._serialized_start=83
   _globals['_SAMPLING']._serialized_end=272
   _globals['_JOBSPEC']._serialized_start=275
-  _globals['_JOBSPEC']._serialized_end=434
-  _globals['_RUNREQUEST']._serialized_start=436
-  _globals['_RUNREQUEST']._serialized_end=549
-  _globals['_RUNEVENT']._serialized_start=552
-  _globals['_RUNEVENT']._serialized_end=727
-  _globals['_DRAFTCANVAS']._serialized_start=729
-  _globals['_DRAFTCANVAS']._serialized_end=839
-  _globals['_COMMITTEDCANVAS']._serialized_start=842
-  _globals['_COMMITTEDCANVAS']._serialized_end=978
-  _globals['_FINISHEDJOB']._serialized_start=980
-  _globals['_FINISHEDJOB']._serialized_end=1048
-  _globals['_DENOISER']._serialized_start=1050
-  _globals['_DENOISER']._serialized_end=1129
+  _globals['_JOBSPEC']._serialized_end=476
+  _globals['_IMAGE']._serialized_start=478
+  _globals['_IMAGE']._serialized_end=518
+  _globals['_JOBIMAGES']._serialized_start=520
+  _globals['_JOBIMAGES']._serialized_end=573
+  _globals['_RUNREQUEST']._serialized_start=575
+  _globals['_RUNREQUEST']._serialized_end=688
+  _globals['_RUNEVENT']._serialized_start=691
+  _globals['_RUNEVENT']._serialized_end=866
+  _globals['_DRAFTCANVAS']._serialized_start=868
+  _globals['_DRAFTCANVAS']._serialized_end=978
+  _globals['_COMMITTEDCANVAS']._serialized_start=981
+  _globals['_COMMITTEDCANVAS']._serialized_end=1117
+  _globals['_FINISHEDJOB']._serialized_start=1119
+  _globals['_FINISHEDJOB']._serialized_end=1187
+  _globals['_DENOISER']._serialized_start=1189
+  _globals['_DENOISER']._serialized_end=1268
 # @@protoc_insertion_point(module_scope)
