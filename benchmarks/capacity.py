@@ -3,8 +3,8 @@
 python -m benchmarks.capacity [--steps-per-canvas 26.6] [--tp 1,2,4] [--canvases-per-s 10]
 
 DiffusionGemma 26B-A4B in bfloat16: a step reads 52.0 GB of weights, however many canvases are in it, and computes
-2.53 TFLOP for each canvas. A step takes at least the longer of both; ranks share both evenly, and what they send each other
-is left out. Nothing real reaches the floor: `over_one` tells what more canvases gain, whatever share of it is reached.
+2.53 TFLOP for each canvas. A step takes at least the longer of both; ranks share both evenly, and what they send each
+other is left out. Nothing real reaches the floor: `over_one` tells what more canvases gain, whatever share is reached.
 """
 
 from __future__ import annotations
@@ -106,9 +106,7 @@ def main() -> None:
     given = parser.parse_args()
     degrees = [int(degree) for degree in given.tp.split(",")]
     print("\n".join(table(degrees, given.steps_per_canvas, given.canvases_per_s)))
-    print(
-        f"\na token of context takes {KV_BYTES_PER_TOKEN:,} bytes; replicas are counted at {BUSY:.0%} of 8 canvases a step"
-    )
+    print(f"\na token of context takes {KV_BYTES_PER_TOKEN:,} bytes; replicas are to be {BUSY:.0%} busy, 8 slots each")
     print(json.dumps({"over_one": {gpu.name: over_one(gpu) for gpu in GPUS}}))
 
 

@@ -65,7 +65,7 @@ async def until_it_answers(store: JobStore) -> None:
 def ask(pods: StatePods, number: int, *words: str, user: str = "sentinel", password: str = "s3nt") -> object:
     host = pods.host("state", number)
     with redis.Redis(host=host, port=pods.port, username=user, password=password, socket_timeout=2.0) as client:
-        return client.execute_command(*words)  # type: ignore[no-untyped-call]
+        return client.execute_command(*words)
 
 
 def role(pods: StatePods, number: int) -> str:
