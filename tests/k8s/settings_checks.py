@@ -205,7 +205,7 @@ def _redis(view: View, settings: Settings) -> Iterator[str]:
         yield "gcsFaultToleranceOptions: Ray must not share the Redis of the jobs"
     if "externalStorageNamespace" in options:
         yield "gcsFaultToleranceOptions.externalStorageNamespace: two clusters of an upgrade would share their state"
-    names = set(re.findall(r"~\{(\w+)\}\*", str(view.docs)))
+    names = set(re.findall(r"[~&]\{(\w+)\}", str(view.docs)))
     if names - {settings.state.namespace}:
         yield f"state.namespace: is {settings.state.namespace}, Redis lets in {sorted(names)}"
 

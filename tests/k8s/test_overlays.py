@@ -89,6 +89,15 @@ def test_the_cpu_overlay_asks_for_little_and_no_gpu() -> None:
     assert sum(quantity(entry["requests"]["cpu"]) for entry in resources) <= 3
 
 
+@pytest.mark.parametrize("file", ["state-sentinel/start-valkey.sh", "state-single/valkey.yaml"])
+def test_redis_gives_easel_the_rights_that_the_documentation_lists(file: str) -> None:
+    documented = re.search(r"ACL SETUSER easel (.*)", (K8S.parent / "docs/security.md").read_text())
+    given = re.search(r"user easel (.*)", (K8S / "components" / file).read_text())
+    assert documented is not None
+    assert given is not None
+    assert given[1] == documented[1].replace("resetkeys ", "").replace(">PASSWORD", ">$PASSWORD")
+
+
 def test_the_vendored_schema_is_that_of_the_crd() -> None:
     if not CRD.exists():
         pytest.skip("the full CRD lies beside a checkout, not in it")

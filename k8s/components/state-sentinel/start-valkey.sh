@@ -37,7 +37,7 @@ done
 
 cat > "$RUN/users.acl" <<USERS
 user default off
-user easel on >$PASSWORD resetchannels ~{easel}* &{easel}* -@all +@read +@write +@pubsub +@scripting +@connection +@transaction -@dangerous +role +time
+user easel on >$PASSWORD ~{easel} ~{easel}:* resetchannels &{easel}:bell:* -@all +ping +select +role +time +evalsha +script|load +subscribe +unsubscribe +publish +get +set +del +exists +strlen +incr +decrby +pexpire +pexpireat +hget +hmget +hgetall +hset +hdel +hlen +hkeys +hvals +hexists +hincrby +zadd +zrem +zcard +zcount +zscore +zrange +zrangebyscore +zrangebylex +zrevrangebyscore +zrevrangebylex +zlexcount +sadd +srem +scard +smembers +srandmember +xadd +xrange
 user replication on >$REPLICATION_PASSWORD resetchannels -@all +psync +replconf +ping
 user sentinel on >$SENTINEL_PASSWORD allchannels -@all +multi +slaveof +ping +exec +subscribe +config|rewrite +role +publish +info +client|setname +client|kill +script|kill
 USERS
