@@ -64,6 +64,43 @@ class StateSettings(_Frozen):
         return heartbeat_ms
 
 
+class ReplicaRange(_Frozen):
+    """As few and as many replicas as load may bring; `scale_down_after_s` of less load come before there are fewer."""
+
+    min_replicas: Annotated[int, Field(ge=0, le=10_000)] = 1
+    max_replicas: Annotated[int, Field(ge=1, le=10_000)]
+    scale_down_after_s: Annotated[float, Field(ge=0, le=86_400)] = 120.0
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _not_below_the_least(cls, most: int, info: ValidationInfo) -> int:
+        least = info.data.get("min_replicas", 0)
+        if most < least:
+            raise ValueError(f"min_replicas is {least}; at least that is allowed")
+        return most
+
+
+class DenoiserAutoscaling(ReplicaRange):
+    """How many denoiser replicas there are, by the canvases that wait and run; docs/autoscaling.md.
+
+    Under a steady load 95% of jobs are to wait less than `target_wait_s` for a slot. With `min_replicas` 0 the last
+    replica goes after `idle_to_zero_after_s` without a job. `start_s` is what a new replica is thought to take until
+    one was measured.
+    """
+
+    target_wait_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
+    idle_to_zero_after_s: Annotated[float, Field(ge=0, le=30 * 86_400)] = 900.0
+    start_s: Annotated[float, Field(ge=0, le=3600)] = 60.0
+
+
+class RouterAutoscaling(ReplicaRange):
+    """How many routers there are, by their open connections."""
+
+    min_replicas: Annotated[int, Field(ge=1, le=1000)] = 1
+    max_replicas: Annotated[int, Field(ge=1, le=1000)]
+    connections_per_router: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+
+
 class RouterSettings(_Frozen):
     """The public gRPC server. `health_port` is a plaintext port for the standard health service alone, for probes.
 
@@ -75,6 +112,7 @@ class RouterSettings(_Frozen):
     host: str = "127.0.0.1"
     port: Port = DEFAULT_PORT
     replicas: Annotated[int, Field(ge=1, le=1000)] = 1
+    autoscaling: RouterAutoscaling | None = None
     max_request_bytes: Annotated[int, Field(ge=1024, le=64 * 2**20)] = 4 * 2**20
     max_connections: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     max_streams_per_connection: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
@@ -87,16 +125,23 @@ class RouterSettings(_Frozen):
     max_connection_age_s: Annotated[int, Field(ge=0, le=86_400)] = 0
     max_connection_age_grace_s: Annotated[int, Field(ge=1, le=86_400)] = 60
 
+    @property
+    def most_replicas(self) -> int:
+        """As many as there may be at once."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
+
 
 class DenoiserSettings(_Frozen):
     """The replicas that denoise; one replica is one tensor-parallel group of `tp` ranks.
 
     `placement` says where the ranks of a replica run: `strict_pack` on one node, `strict_spread` each on another node,
     `pack` and `spread` as near to that as there is room. `num_cpus` and `num_gpus` are for each rank, and
-    `label_selector` chooses the nodes of all of them.
+    `label_selector` chooses the nodes of all. Where `autoscaling` is set, that says how many replicas there are, and
+    `replicas` is not used.
     """
 
     replicas: Annotated[int, Field(ge=1, le=10_000)] = 2
+    autoscaling: DenoiserAutoscaling | None = None
     slots: Annotated[int, Field(ge=1, le=256)] = 8
     engine: Literal["torch", "fake"] = "torch"
     tp: Annotated[int, Field(ge=1, le=64)] = 1
@@ -117,6 +162,16 @@ class DenoiserSettings(_Frozen):
     drain_timeout_s: Annotated[float, Field(ge=0, le=600)] = 5.0
     step_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     checkpoint_every_steps: Annotated[int, Field(ge=0, le=1000)] = 0
+
+    @property
+    def least_replicas(self) -> int:
+        """As few as there may be: these need a place from the start."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.min_replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """As many as there may be at once."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
     @field_validator("tp", "dtype", "device", "checkpoint_every_steps")
     @classmethod

@@ -71,6 +71,8 @@ class UpOptions:
     dtype: str | None = None
     redis_url: str | None = None
     routers: int | None = None
+    min_replicas: int | None = None
+    max_replicas: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,7 @@ def record(cluster: LocalCluster) -> None:
 
 def chosen_values(options: UpOptions) -> dict[str, Any]:
     """The settings that a file, above it the environment, and above both the options give; not yet checked."""
+    scaled = {"min_replicas": options.min_replicas, "max_replicas": options.max_replicas}
     given = {
         "checkpoint": options.checkpoint,
         "state": {"url": options.redis_url},
@@ -171,6 +174,8 @@ def chosen_values(options: UpOptions) -> dict[str, Any]:
             "tp": options.tp,
             "engine": options.engine,
             "dtype": options.dtype,
+            # An empty section would turn autoscaling on.
+            "autoscaling": scaled if any(bound is not None for bound in scaled.values()) else None,
         },
     }
     from_file = {} if options.config is None else load_values(Path(options.config))

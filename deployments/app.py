@@ -6,6 +6,7 @@ import asyncio
 import atexit
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import wait
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from deployments.placement_watch import PlacementWatch
 from deployments.ray_metrics import RayRecorder
 from deployments.replica import Replica
 from deployments.router import LEAVING_S, Router
+from deployments.scaling import Waker, denoiser_count, open_connections, router_count
 from deployments.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ class DenoiserDeployment:
         settings = parse_settings(values)
         log_lines(settings.log_level, settings.log_format, _own_name("denoiser"))
         loop = asyncio.get_running_loop()
+        began_s = loop.time()
         # Loading takes up to minutes for a large model; Serve's own calls must be answered meanwhile.
         self._ranks = rank_actors(settings)
         engine = await loop.run_in_executor(None, make_engine, settings, self._ranks)
@@ -99,11 +102,19 @@ class DenoiserDeployment:
             telemetry=self._telemetry,
         )
         await self._replica.start()
+        self._replica.load.start_s = loop.time() - began_s
         _at_exit(self._replica.drain, loop, _denoiser_leaves_within_s(settings), self._telemetry)
 
     async def check_health(self) -> None:
         """Serve's question every HEALTH_PERIOD_S; an error has the replica replaced."""
         self._replica.check()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's question every few seconds, where it scales."""
+        return await self._replica.load.read()
+
+    async def wake(self) -> None:
+        """A router's call while there is no replica; that it was answered says that there is one."""
 
     async def __del__(self) -> None:
         await self._replica.close()
@@ -118,20 +129,32 @@ class RouterDeployment:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, values: Mapping[str, Any], denoisers: DeploymentHandle[Any]
     ) -> None:
-        # The handle only tells Serve that both deployments are one application; jobs go over gRPC.
-        del denoisers
         settings = parse_settings(values)
         log_lines(settings.log_level, settings.log_format, _own_name("router"))
         self._watch = PlacementWatch(serve.get_replica_context().app_name)
         self._watch.begin()
+        # It tells Serve that both deployments are one application, and wakes the first replica. No job goes over it.
+        self._waker = Waker(partial(_wake, denoisers))
         name = _own_name("router")
         self._telemetry = make_telemetry(settings.telemetry.traces, RayRecorder(), process=name, service="easel-router")
-        self._router = Router(settings, name=name, pending=self._watch.lines, telemetry=self._telemetry)
+        self._router = Router(
+            settings,
+            name=name,
+            pending=self._watch.lines,
+            on_view=self._waker.look if settings.denoiser.least_replicas == 0 else None,
+            telemetry=self._telemetry,
+        )
         self.port = await self._router.start()
         _at_exit(self._router.close, asyncio.get_running_loop(), _router_leaves_within_s(settings), self._telemetry)
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's question every few seconds, where it scales."""
+        connections = await asyncio.get_running_loop().run_in_executor(None, open_connections, self.port)
+        return {"connections": connections}
+
     async def __del__(self) -> None:
         self._watch.close()
+        await self._waker.close()
         await self._router.close()
         await asyncio.to_thread(self._telemetry.tracer.close, FLUSH_S)
 
@@ -153,7 +176,7 @@ def application(settings: Settings) -> serve.Application:
     denoiser: serve.Deployment = serve.deployment(  # type: ignore[assignment]  # its overloads miss this form
         DenoiserDeployment,
         name=DENOISER,
-        num_replicas=settings.denoiser.replicas,
+        **denoiser_count(settings.denoiser),
         **placement_options(settings.denoiser),
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
@@ -162,7 +185,7 @@ def application(settings: Settings) -> serve.Application:
     router: serve.Deployment = serve.deployment(  # type: ignore[assignment]
         RouterDeployment,
         name="Router",
-        num_replicas=settings.router.replicas,
+        **router_count(settings.router),
         **_router_options(settings.router),
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
@@ -178,6 +201,10 @@ def _router_options(router: RouterSettings) -> dict[str, Any]:
         actor["label_selector"] = dict(router.label_selector)
     spread = {} if router.max_per_node is None else {"max_replicas_per_node": router.max_per_node}
     return {"ray_actor_options": actor, **spread}
+
+
+async def _wake(denoisers: DeploymentHandle[Any]) -> None:
+    await denoisers.wake.remote()
 
 
 def _denoiser_leaves_within_s(settings: Settings) -> float:

@@ -21,6 +21,7 @@ from deployments.answer import Answer
 from deployments.attempt_watch import AttemptWatch
 from deployments.endings import failure_of
 from deployments.engine.api import CanvasCheckpoint, Commit, EngineJob, Progress
+from deployments.load import Tally
 from deployments.outbox import MAX_DRAFTS_BEHIND, Outbox
 from deployments.step_loop import StepLoop
 from deployments.watch import stored_canvases
@@ -44,6 +45,7 @@ class Workshop:
     decode: Callable[[Sequence[int]], str]
     patience_s: float
     telemetry: Telemetry
+    tally: Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +245,8 @@ class Attempt:
             await self._end(_Failed(EngineError(short)))
         message = convert.canvas_to_proto(canvas)
         usage = await self._write(canvas, message.SerializeToString(), piece.finish)
+        if usage is not None:
+            self._shop.tally.ended(usage.canvases)
         self._watch.committed(canvas)
         event = pb.RunEvent(committed=message)
         if piece.finish is not None:

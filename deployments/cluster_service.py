@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import grpc
 
+from cluster.config import DenoiserSettings
 from cluster.jobs.store import JobStore
 from cluster.rpc import convert
 from cluster.rpc.auth import caller
@@ -20,12 +21,19 @@ class ClusterService(pb_grpc.ClusterServicer):
     """
 
     def __init__(
-        self, store: JobStore, *, queue_limit: int, version: str, pending: Callable[[], Sequence[str]]
+        self,
+        store: JobStore,
+        *,
+        queue_limit: int,
+        version: str,
+        pending: Callable[[], Sequence[str]],
+        denoisers: DenoiserSettings,
     ) -> None:
         self._store = store
         self._queue_limit = queue_limit
         self._version = version
         self._pending = pending
+        self._autoscaling = denoisers.autoscaling
 
     async def GetStatus(  # noqa: N802 - named by the proto
         self,
@@ -34,6 +42,7 @@ class ClusterService(pb_grpc.ClusterServicer):
     ) -> pb.ClusterStatus:
         """See cluster.proto."""
         view = await self._store.view()
+        scaled = self._autoscaling
         live = [row for row in view.replicas if row.lease_ms > 0]
         admin = caller().admin
         return pb.ClusterStatus(
@@ -45,6 +54,8 @@ class ClusterService(pb_grpc.ClusterServicer):
             routers=view.routers if admin else (),
             version=self._version,
             pending=self._pending() if admin else (),
+            min_replicas=0 if scaled is None else scaled.min_replicas,
+            max_replicas=0 if scaled is None else scaled.max_replicas,
         )
 
     async def DrainReplica(  # noqa: N802

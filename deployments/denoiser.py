@@ -33,6 +33,7 @@ from cluster.telemetry.telemetry import Telemetry
 from cluster.telemetry.tracing import traceparent_in
 from deployments.attempt import Attempt, Release, Workshop, attempt_key
 from deployments.engine.api import Engine, StepReport
+from deployments.load import Tally
 from deployments.membership import Membership
 from deployments.step_loop import Checkpoints, StepLoop
 from deployments.watchdog import StepWatchdog
@@ -81,8 +82,9 @@ class Denoiser(pb_grpc.DenoiserServicer):
             checkpoint_every_steps=settings.denoiser.checkpoint_every_steps,
             on_step=partial(telemetry.recorder.observe, metrics.STEP_DURATION),
         )
+        self.tally = Tally()
         patience_s = settings.state.outage_patience_s
-        self._shop = Workshop(self._steps, store, engine.card, decode, patience_s, telemetry)
+        self._shop = Workshop(self._steps, store, engine.card, decode, patience_s, telemetry, self.tally)
         self._watchdog = StepWatchdog(
             lambda: self._steps.busy_s, timeout_s=settings.denoiser.step_timeout_s, on_hung=self._hung
         )

@@ -185,8 +185,8 @@ def _start_ray(settings: Settings, reports: Reports, owned: contextlib.ExitStack
     """Start Ray and Serve; returns Ray's own folder."""
     reports.send(say="starting Ray")
     denoiser, router = settings.denoiser, settings.router
-    ranks = denoiser.replicas * denoiser.tp
-    wanted_cpus = ranks * denoiser.num_cpus + router.replicas * router.num_cpus
+    ranks = denoiser.most_replicas * denoiser.tp
+    wanted_cpus = ranks * denoiser.num_cpus + router.most_replicas * router.num_cpus
     # Ray's own folder holds sockets, whose paths must be short: not under the state folder.
     folder = tempfile.mkdtemp(prefix=RAY_DIR_PREFIX)
     owned.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -210,7 +210,7 @@ def _start_ray(settings: Settings, reports: Reports, owned: contextlib.ExitStack
 
 def _deploy(settings: Settings, reports: Reports, stop: threading.Event) -> None:
     """Deploy and wait until every replica runs; says how far it is. Raises StartupError when Serve gives up."""
-    reports.send(say=f"loading {settings.checkpoint} into {settings.denoiser.replicas} replicas")
+    reports.send(say=f"loading {settings.checkpoint} into {settings.denoiser.least_replicas} replicas")
     app = application(settings)
     deployed = _beside(lambda: serve.run(app, name=APP_NAME, route_prefix=None))
     give_up_s = time.monotonic() + START_TIMEOUT_S

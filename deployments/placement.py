@@ -67,13 +67,13 @@ def waiting(app_name: str) -> tuple[str, ...]:
 
 
 def without_place(denoiser: DenoiserSettings, timeout_s: float) -> tuple[str, ...]:
-    """As `waiting`, before there are replicas: reserves a place for each of them, and gives all back."""
+    """As `waiting`, before there are replicas: reserves a place for those there must be, and gives all back."""
     options, strategy = placement_options(denoiser), denoiser.placement.upper()
     bundles, labels = options["placement_group_bundles"], options.get("placement_group_bundle_label_selector")
     give_up_s = time.monotonic() + timeout_s
     groups = [
         ray.util.placement_group(bundles, strategy, name=f"{TRIAL}{n}", bundle_label_selector=labels)
-        for n in range(denoiser.replicas)
+        for n in range(denoiser.least_replicas)
     ]
     try:
         placed = [group.wait(max(0.0, give_up_s - time.monotonic())) for group in groups]

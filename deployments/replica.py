@@ -24,6 +24,7 @@ from deployments.door import bind_internal
 from deployments.engine.api import Engine
 from deployments.gauges import EngineGauges
 from deployments.heartbeat import Heartbeat
+from deployments.load import ReplicaLoad
 from deployments.membership import Membership
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ STREAMS_GRACE_S = 1.0
 class Replica:
     """One Denoiser replica: `start` brings it up and registers it, `close` drains it first, then ends it.
 
-    An order from Redis drains it too; it then waits, outside the slot table, until it is replaced.
+    An order from Redis drains it too; it then waits, outside the slot table, until it is replaced. `load` tells what
+    autoscaling is to know.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Replica:
             engine, self._store, decode, membership=self._membership, settings=settings, telemetry=self._telemetry
         )
         self._gauges = EngineGauges(self._telemetry.recorder, engine, name=name)
+        self.load = ReplicaLoad(engine, self._store, self._denoiser.tally)
         self._heartbeat = Heartbeat(self._beat, every_s=state.heartbeat_ms / 1000, name=f"{name}: lease")
         self._server = grpc.aio.server(
             interceptors=(EdgeInterceptor(max_request_bytes=INTERNAL_MAX_BYTES),),

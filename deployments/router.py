@@ -24,6 +24,7 @@ from cluster.jobs.connection import connect_to
 from cluster.jobs.doorbell import Doorbell
 from cluster.jobs.measured import MeasuredJobStore
 from cluster.jobs.quotas import quota_rows
+from cluster.jobs.records import ClusterView
 from cluster.rpc.calls import CallWatch
 from cluster.rpc.easel.v1 import (
     cluster_pb2,
@@ -71,18 +72,17 @@ class Router:
         name: str,
         pending: Callable[[], Sequence[str]] = tuple,
         engine: EngineTraits | None = None,
+        on_view: Callable[[ClusterView], None] | None = None,
         telemetry: Telemetry | None = None,
     ) -> None:
         """Read the checkpoint's card and tokenizer; `pending` tells which replicas have no place, a line each.
 
-        `engine` is what the replicas can do; None for what the engine of the settings can. Raises CheckpointError, or
-        ConfigError for files of section `security` that cannot be used.
+        `engine` is what the replicas can do; None for what the engine of the settings can. `on_view` is shown the
+        cluster at every heartbeat. Raises CheckpointError, or ConfigError for files of section `security` that cannot
+        be used.
         """
-        self._settings = settings
-        self._door = Door(settings)
-        self._pending = pending
-        self._telemetry = telemetry or Telemetry()
-        self._name = name
+        self._settings, self._name, self._door = settings, name, Door(settings)
+        self._pending, self._on_view, self._telemetry = pending, on_view, telemetry or Telemetry()
         state, router = settings.state, settings.router
         redis = connect_to(state)
         self._store = MeasuredJobStore.recording(self._telemetry.recorder, redis, state)
@@ -185,6 +185,7 @@ class Router:
             queue_limit=self._settings.state.queue_limit,
             version=__version__,
             pending=self._pending,
+            denoisers=self._settings.denoiser,
         )
         cluster_pb2_grpc.add_ClusterServicer_to_server(status, server)
         add_HealthServicer_to_server(self._health, server)
@@ -206,12 +207,21 @@ class Router:
         live = [row for row in view.replicas if row.lease_ms > 0]
         self._replicas.keep_only(frozenset(row.address for row in live))
         self._takes_jobs = frozenset(row.address for row in live if not row.draining)
-        await self._say(serving=bool(self._takes_jobs))
+        if self._on_view is not None:
+            self._on_view(view)
+        # With no replica at all a job is taken too, where it wakes the first one.
+        wakes = self._settings.denoiser.least_replicas == 0
+        await self._say(serving=wakes or bool(self._takes_jobs))
 
     async def _say(self, *, serving: bool) -> None:
-        """Whether a job could run now; and by READINESS, whether a replica answers, with or without Redis."""
+        """Whether a job could run now; and by READINESS, whether a replica answers, with or without Redis.
+
+        Where a job wakes the first replica, a router without any must get that job.
+        """
         known = health_pb2.HealthCheckResponse
-        told = dict.fromkeys(("", *SERVICES), serving) | {READINESS: self._replicas.answer(self._takes_jobs)}
+        sleeps = not self._takes_jobs and self._settings.denoiser.least_replicas == 0
+        told = dict.fromkeys(("", *SERVICES), serving)
+        told[READINESS] = sleeps or self._replicas.answer(self._takes_jobs)
         for service, well in told.items():
             await self._health.set(service, known.SERVING if well else known.NOT_SERVING)
 

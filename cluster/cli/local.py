@@ -18,6 +18,8 @@ from cluster.errors import StartupError
 @click.option("--config", metavar="FILE", help="Settings in YAML; the options here go before it.")
 @click.option("--checkpoint", metavar="DIR", help="Model folder.  [default: the repository's demo model]")
 @click.option("--replicas", type=click.IntRange(1), help="Denoiser replicas.  [default: 2]")
+@click.option("--min-replicas", type=click.IntRange(0), help="Fewest replicas, with --max-replicas.  [default: 1]")
+@click.option("--max-replicas", type=click.IntRange(1), help="Most replicas: as many run as load needs.")
 @click.option("--tp", type=click.IntRange(1), help="Ranks per replica.  [default: 1]")
 @click.option("--slots", type=click.IntRange(1), help="Jobs at once per replica.  [default: 8]")
 @click.option("--routers", type=click.IntRange(1), help="Routers, which share the port.  [default: 1]")

@@ -22,12 +22,18 @@ def status(as_json: bool, address: str | None) -> None:
     if as_json:
         print_json(asdict(view))
         return
-    click.echo(f"easel {view.version}: {counted(len(view.replicas), 'replica')}, {_load(view)}")
+    click.echo(f"easel {view.version}: {_replicas(view)}, {_load(view)}")
     if view.replicas:
         make_console().print(_table(view))
     for line in view.pending:
         click.echo(f"pending: {line}")
     click.echo(f"{counted(len(view.routers), 'router')}: {', '.join(view.routers) or 'none has a lease'}")
+
+
+def _replicas(view: ClusterView) -> str:
+    """`2 replicas`, or `2 replicas of 1..3` where load decides."""
+    there = counted(len(view.replicas), "replica")
+    return there if view.max_replicas == 0 else f"{there} of {view.min_replicas}..{view.max_replicas}"
 
 
 def counted(number: int, thing: str) -> str:

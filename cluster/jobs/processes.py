@@ -70,6 +70,11 @@ class Processes(Caller):
         """Give a router's lease back; the others adopt what it had charge of."""
         await self._run(self._call("leave_router", args=(checked_id("router", router),)))
 
+    async def queued(self) -> int:
+        """How many jobs wait: one cheap call, for what every replica asks again and again."""
+        with redis_errors(self._limits.retry_after_ms):
+            return await self._redis.zcard(self._keys.queue)
+
     async def set_quotas(self, rows: Mapping[str, str]) -> None:
         """Replace the limits of all tenants by these (cluster.jobs.quotas); jobs that they let in are placed.
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 import grpc
 
-from cluster.rpc.interceptors import Context, Handler
+from cluster.rpc.interceptors import Context, Handler, request_type
 from cluster.telemetry import metrics
 from cluster.telemetry.telemetry import Telemetry
 from cluster.telemetry.tracing import Span, call_traceparent, traceparent_in
@@ -20,6 +20,7 @@ Request = TypeVar("Request")
 Response = TypeVar("Response")
 
 PACKAGE = "/easel.v1."
+UNKNOWN_METHOD = "unknown"
 # The others read or order; they are traced where their caller traces them, and start no trace.
 STARTS_JOBS = frozenset({"Generate", "StreamGenerate", "Submit"})
 _WORDS = {code.value[0]: code.name for code in grpc.StatusCode}
@@ -43,8 +44,10 @@ class CallWatch(grpc.aio.ServerInterceptor):
         """Put the watch around the handler that the others made; None when there is no such method."""
         handler = await continuation(handler_call_details)
         path = handler_call_details.method
-        if handler is None or handler.request_streaming or not path.startswith(PACKAGE):
+        if handler is None or not path.startswith(PACKAGE):
             return handler
+        if handler.request_streaming:
+            return self._refusal(handler, path)
         if handler.response_streaming:
             return self._stream_handler(handler, path)
         return self._unary_handler(handler, path)
@@ -71,6 +74,20 @@ class CallWatch(grpc.aio.ServerInterceptor):
         if not inspect.isasyncgenfunction(inner):
             return handler
         return _made(grpc.unary_stream_rpc_method_handler, generator, handler)
+
+    def _refusal(self, handler: Handler, path: str) -> Handler:
+        """The contract has no streams of requests: this one refuses a caller (cluster/rpc/auth.py), who gets no span
+        and names no new label."""
+        inner = cast("Callable[[Any, Context], Awaitable[None]]", handler.stream_stream)
+        method = path.rpartition("/")[2] if request_type(path) else UNKNOWN_METHOD
+
+        async def refuse(requests: object, context: Context) -> None:
+            try:
+                await inner(requests, context)
+            finally:
+                self._telemetry.recorder.add(metrics.CALLS, method=method, code=_word(context))
+
+        return _made(grpc.stream_stream_rpc_method_handler, refuse, handler)
 
     @contextmanager
     def _call(self, context: Context, path: str) -> Iterator[None]:

@@ -59,7 +59,7 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         return _unary_handler(handler, parser, method)
 
     def _parser(self, method: str) -> Parser | None:
-        message_type = _request_type(method)
+        message_type = request_type(method)
         if message_type is None:
             return None
 
@@ -72,9 +72,9 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         return checked
 
 
-def _request_type(method: str) -> type[Message] | None:
-    # A handler holds only a deserialising function; the contract knows the message type of
-    # "/package.Service/Method".
+def request_type(method: str) -> type[Message] | None:
+    """The message type of "/package.Service/Method" in the contract; None where it has no such method."""
+    # A handler holds only a deserialising function.
     try:
         found = descriptor_pool.Default().FindMethodByName(method.lstrip("/").replace("/", "."))
     except KeyError:

@@ -126,6 +126,7 @@ class ClusterView:
     """The cluster at one moment. `version` is that of the router that answered.
 
     `pending` tells, in lines for people, what replicas without a place wait for, and why others do not start.
+    `max_replicas` is 0 where the number of replicas is fixed; else load brings it between `min_replicas` and that.
     """
 
     replicas: tuple[ReplicaRow, ...]
@@ -136,6 +137,8 @@ class ClusterView:
     routers: tuple[str, ...]
     version: str
     pending: tuple[str, ...] = ()
+    min_replicas: int = 0
+    max_replicas: int = 0
 
 
 def answer_from_proto(message: generation_pb2.GenerateResponse) -> Answer:
@@ -273,4 +276,6 @@ def cluster_from_proto(message: cluster_pb2.ClusterStatus) -> ClusterView:
         routers=tuple(message.routers),
         version=message.version,
         pending=tuple(message.pending),
+        min_replicas=message.min_replicas,
+        max_replicas=message.max_replicas,
     )

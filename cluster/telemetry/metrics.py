@@ -42,7 +42,7 @@ LABELS = {
     "priority": "batch, normal, high or urgent; in the queue also oldest: above all of them by waiting",
     "state": "of replicas ready or draining, of pages used or free",
     "replica": "name of a replica that lives",
-    "method": "a method of the public contract, as Generate",
+    "method": "a method of the public contract, as Generate; unknown where a refused call names none",
     "code": "gRPC status as its word, as OK or UNAVAILABLE",
     "outcome": "succeeded, cancelled, or the reason of the failure, as DEADLINE_EXCEEDED",
     "reason": "why the run before ended: a word of AttemptEnd, as REPLICA_LOST",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from cluster.client import Answer, EaselClient
 from cluster.core import Priority
-from cluster.errors import InvalidRequest
+from cluster.errors import InvalidRequest, Unauthenticated
 from cluster.redis_server import RedisServer
+from cluster.security.api_keys import new_key
 from cluster.telemetry import metrics
 from cluster.telemetry.telemetry import Telemetry
 from tests.e2e.conftest import Connect, Stack, Start, until
@@ -87,6 +91,22 @@ async def test_a_bad_request_is_counted_by_its_status_and_makes_no_job(
     # The caller may hear of the end a moment before it is counted.
     await until(lambda: records.total(metrics.CALLS, "Generate", "INVALID_ARGUMENT") == 1)
     assert records.total(metrics.JOBS) == 0
+
+
+async def test_a_caller_without_a_credential_is_counted_and_names_no_label_of_its_own(
+    start: Start, connect: Connect, records: Records, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(new_key("acme")[1] + "\n")
+    stack = await start(telemetry=records.telemetry, security={"api_keys_file": str(keys)})
+    with pytest.raises(Unauthenticated):
+        await connect(stack).generate(tokens=[2, 3])
+    await until(lambda: records.total(metrics.CALLS, "Generate", "UNAUTHENTICATED") == 1)
+    async with grpc.aio.insecure_channel(next(iter(stack.addresses.values()))) as channel:
+        made_up: Any = channel.unary_unary("/easel.v1.Generation/Whatever")
+        with pytest.raises(grpc.aio.AioRpcError):
+            await made_up(b"", timeout=5.0)
+    await until(lambda: records.total(metrics.CALLS, "unknown", "UNAUTHENTICATED") == 1)
 
 
 async def test_a_caller_that_leaves_is_counted_as_cancelled(start: Start, connect: Connect, records: Records) -> None:

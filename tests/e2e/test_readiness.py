@@ -55,6 +55,11 @@ async def test_a_router_stays_ready_without_redis_and_tells_callers_to_come_back
     assert await status_of(address, READINESS) == SERVING
 
 
+async def test_a_router_is_ready_without_replicas_where_a_job_wakes_the_first(start: Start) -> None:
+    stack = await start(replicas=0, denoiser={"autoscaling": {"min_replicas": 0, "max_replicas": 2}})
+    await says(stack.addresses["router-0"], READINESS, SERVING)
+
+
 async def test_a_stream_outlives_the_age_of_its_connection(start: Start, connect: Connect) -> None:
     router = {"max_connection_age_s": 1, "max_connection_age_grace_s": 30}
     stack = await start(replicas=1, step_time_ms=100.0, steps_per_canvas=5, router=router)

@@ -89,12 +89,17 @@ def _places(view: View, settings: Settings) -> Iterator[str]:
         yield f"label_selector: nothing may run in the groups {sorted(unused)}"
     if router.max_per_node != 1:
         yield "router.max_per_node: must be 1, because a pod has one port"
-    fit = sum(group["replicas"] for group, pod in routers if cpus(pod) >= router.num_cpus)
-    if fit < router.replicas:
-        yield f"router.replicas: {router.replicas} are wanted, the nodes at the start have room for {fit}"
-    fit = sum(group["replicas"] * _replicas_in(group, pod, denoiser) for group, pod in denoisers)
-    if fit < denoiser.replicas:
-        yield f"denoiser.replicas: {denoiser.replicas} are wanted, the nodes at the start have room for {fit}"
+    fewest = router.replicas if router.autoscaling is None else router.autoscaling.min_replicas
+    for when, key, wanted in (
+        ("at the start", "replicas", (fewest, denoiser.least_replicas)),
+        ("at most", "maxReplicas", (router.most_replicas, denoiser.most_replicas)),
+    ):
+        fit = sum(group[key] for group, pod in routers if cpus(pod) >= router.num_cpus)
+        if fit < wanted[0]:
+            yield f"router.replicas: {wanted[0]} are wanted {when}, the nodes have room for {fit}"
+        fit = sum(group[key] * _replicas_in(group, pod, denoiser) for group, pod in denoisers)
+        if fit < wanted[1]:
+            yield f"denoiser.replicas: {wanted[1]} are wanted {when}, the nodes have room for {fit}"
     yield from _gpus(denoisers, denoiser)
 
 

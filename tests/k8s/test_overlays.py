@@ -64,7 +64,7 @@ def test_production_replicas_are_of_four_gpus_and_some_are_on_spot_nodes() -> No
     view = View(render_overlay("production"))
     by_name = {group["groupName"]: group for group in view.groups}
     assert view.arguments["denoiser"]["tp"] == 4
-    assert view.arguments["denoiser"]["replicas"] > 1
+    assert view.arguments["denoiser"]["autoscaling"]["min_replicas"] > 1
     spot, steady = by_name["denoiser-spot"], by_name["denoiser"]
     assert spot["minReplicas"] == 0
     assert steady["minReplicas"] >= 2

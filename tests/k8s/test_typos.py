@@ -77,6 +77,7 @@ RAY_SERVICE: dict[str, tuple[str, Any, str]] = {
     "labels in the wrong place": (f"{ROUTER}/rayStartParams/labels", "a=b", "beside rayStartParams"),
     "too few nodes for routers": (f"{ROUTER}/replicas", 0, "room for 0"),
     "a pod too small for a rank": (f"{DENOISER}/{CONTAINER}/resources/requests/cpu", 0, "denoiser.replicas"),
+    "fewer nodes than replicas that may come": (f"{ROUTER}/maxReplicas", 0, "are wanted at most"),
     "a GPU that nobody uses": (f"{DENOISER}/{CONTAINER}/resources/limits/nvidia.com~1gpu", "1", "has 1 GPUs"),
     "KubeRay's own readiness": (f"{DENOISER}/{CONTAINER}/readinessProbe", DROP, "waits for a Serve proxy"),
     "a health path that Ray has not": (

@@ -40,6 +40,13 @@ async def test_priority_goes_before_deadline_and_deadline_before_arrival(store: 
     assert served == ["urgent", "soon", "late", "never-1", "never-2", "batch"]
 
 
+async def test_how_many_jobs_wait_is_told_by_itself(store: JobStore) -> None:
+    assert await store.queued() == 0
+    await store.submit(new_job("a"))
+    await store.submit(new_job("b"))
+    assert await store.queued() == (await store.view()).queued == 2
+
+
 async def test_lua_and_python_build_the_same_members(store: JobStore, redis: Redis, namespace: str) -> None:
     for number, priority in enumerate(Priority):
         await store.submit(new_job(f"a:{number}", priority=priority))

@@ -84,6 +84,7 @@ class FakeRouter(generation_pb2_grpc.GenerationServicer, jobs_pb2_grpc.JobsServi
     def __init__(self, peer: FakeRouter | None = None) -> None:
         self.parsed: dict[str, ParsedRequest] = {} if peer is None else peer.parsed
         self.prompts: dict[str, str] = {} if peer is None else peer.prompts
+        self.bounds = (0, 0)
         self.replicas = [ReplicaRow("r0", "127.0.0.1:1", CARD.name, "v1", 8, 3, 4000, {"denoising_steps": 12.0})]
         self.history: list[jobs_pb2.JobAttempt] = []
         self.ended: set[str] = set()
@@ -186,6 +187,8 @@ class FakeRouter(generation_pb2_grpc.GenerationServicer, jobs_pb2_grpc.JobsServi
             routers=["router-0"],
             version="0.1.0",
             pending=["1 replica waits for {GPU: 1}"],
+            min_replicas=self.bounds[0],
+            max_replicas=self.bounds[1],
         )
 
     async def DrainReplica(  # noqa: N802

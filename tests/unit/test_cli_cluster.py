@@ -26,6 +26,12 @@ def test_status_shows_the_load(served: Served) -> None:
     assert (view["slots"], view["queued"]) == (8, 1)
 
 
+def test_status_says_between_what_load_brings_the_number_of_replicas(served: Served) -> None:
+    served.router.bounds = (0, 3)
+    assert "1 replica of 0..3, 3 of 8 slots" in at(served, "status").stdout
+    assert json.loads(at(served, "status", "--json").stdout)["max_replicas"] == 3
+
+
 def test_status_tells_draining_replicas_from_ready_ones_and_names_the_routers(served: Served) -> None:
     first = served.router.replicas[0]
     served.router.drains = False

@@ -67,6 +67,19 @@ def test_the_number_of_routers_is_a_setting(started: list[tuple[Settings, bool]]
     assert default.router.replicas == 1
 
 
+def test_bounds_for_the_number_of_replicas_turn_autoscaling_on(started: list[tuple[Settings, bool]]) -> None:
+    embedded.up(embedded.UpOptions(min_replicas=0, max_replicas=3), print)
+    embedded.up(embedded.UpOptions(max_replicas=3), print)
+    embedded.up(embedded.UpOptions(), print)
+    bounds = [(settings.denoiser.least_replicas, settings.denoiser.most_replicas) for settings, _ in started]
+    assert bounds == [(0, 3), (1, 3), (2, 2)]
+
+
+def test_a_least_number_of_replicas_needs_a_most() -> None:
+    with pytest.raises(ConfigError, match=r"denoiser\.autoscaling\.max_replicas: must be set"):
+        embedded.up(embedded.UpOptions(min_replicas=1), print)
+
+
 def test_a_redis_url_means_no_redis_of_its_own(started: list[tuple[Settings, bool]]) -> None:
     embedded.up(embedded.UpOptions(redis_url="redis+sentinel://host:1/easel/0"), print)
     ((settings, own),) = started

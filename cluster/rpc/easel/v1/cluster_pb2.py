@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65\x61sel/v1/cluster.proto\x12\x08\x65\x61sel.v1\"\x12\n\x10GetStatusRequest\"\xfb\x01\n\rReplicaStatus\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\t\x12\r\n\x05slots\x18\x05 \x01(\x05\x12\x0e\n\x06\x61\x63tive\x18\x06 \x01(\x05\x12\x10\n\x08lease_ms\x18\x07 \x01(\x03\x12\x31\n\x05stats\x18\x08 \x03(\x0b\x32\".easel.v1.ReplicaStatus.StatsEntry\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x1a,\n\nStatsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xb1\x01\n\rClusterStatus\x12)\n\x08replicas\x18\x01 \x03(\x0b\x32\x17.easel.v1.ReplicaStatus\x12\r\n\x05slots\x18\x02 \x01(\x05\x12\x0e\n\x06\x61\x63tive\x18\x03 \x01(\x05\x12\x0e\n\x06queued\x18\x04 \x01(\x05\x12\x13\n\x0bqueue_limit\x18\x05 \x01(\x05\x12\x0f\n\x07routers\x18\x06 \x03(\t\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x0f\n\x07pending\x18\x08 \x03(\t\"&\n\x13\x44rainReplicaRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\",\n\x14\x44rainReplicaResponse\x12\x14\n\x0crunning_jobs\x18\x01 \x01(\x05\x32\x9a\x01\n\x07\x43luster\x12@\n\tGetStatus\x12\x1a.easel.v1.GetStatusRequest\x1a\x17.easel.v1.ClusterStatus\x12M\n\x0c\x44rainReplica\x12\x1d.easel.v1.DrainReplicaRequest\x1a\x1e.easel.v1.DrainReplicaResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65\x61sel/v1/cluster.proto\x12\x08\x65\x61sel.v1\"\x12\n\x10GetStatusRequest\"\xfb\x01\n\rReplicaStatus\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\t\x12\r\n\x05slots\x18\x05 \x01(\x05\x12\x0e\n\x06\x61\x63tive\x18\x06 \x01(\x05\x12\x10\n\x08lease_ms\x18\x07 \x01(\x03\x12\x31\n\x05stats\x18\x08 \x03(\x0b\x32\".easel.v1.ReplicaStatus.StatsEntry\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x1a,\n\nStatsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xdd\x01\n\rClusterStatus\x12)\n\x08replicas\x18\x01 \x03(\x0b\x32\x17.easel.v1.ReplicaStatus\x12\r\n\x05slots\x18\x02 \x01(\x05\x12\x0e\n\x06\x61\x63tive\x18\x03 \x01(\x05\x12\x0e\n\x06queued\x18\x04 \x01(\x05\x12\x13\n\x0bqueue_limit\x18\x05 \x01(\x05\x12\x0f\n\x07routers\x18\x06 \x03(\t\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x0f\n\x07pending\x18\x08 \x03(\t\x12\x14\n\x0cmin_replicas\x18\t \x01(\x05\x12\x14\n\x0cmax_replicas\x18\n \x01(\x05\"&\n\x13\x44rainReplicaRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\",\n\x14\x44rainReplicaResponse\x12\x14\n\x0crunning_jobs\x18\x01 \x01(\x05\x32\x9a\x01\n\x07\x43luster\x12@\n\tGetStatus\x12\x1a.easel.v1.GetStatusRequest\x1a\x17.easel.v1.ClusterStatus\x12M\n\x0c\x44rainReplica\x12\x1d.easel.v1.DrainReplicaRequest\x1a\x1e.easel.v1.DrainReplicaResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,11 +40,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPLICASTATUS_STATSENTRY']._serialized_start=264
   _globals['_REPLICASTATUS_STATSENTRY']._serialized_end=308
   _globals['_CLUSTERSTATUS']._serialized_start=311
-  _globals['_CLUSTERSTATUS']._serialized_end=488
-  _globals['_DRAINREPLICAREQUEST']._serialized_start=490
-  _globals['_DRAINREPLICAREQUEST']._serialized_end=528
-  _globals['_DRAINREPLICARESPONSE']._serialized_start=530
-  _globals['_DRAINREPLICARESPONSE']._serialized_end=574
-  _globals['_CLUSTER']._serialized_start=577
-  _globals['_CLUSTER']._serialized_end=731
+  _globals['_CLUSTERSTATUS']._serialized_end=532
+  _globals['_DRAINREPLICAREQUEST']._serialized_start=534
+  _globals['_DRAINREPLICAREQUEST']._serialized_end=572
+  _globals['_DRAINREPLICARESPONSE']._serialized_start=574
+  _globals['_DRAINREPLICARESPONSE']._serialized_end=618
+  _globals['_CLUSTER']._serialized_start=621
+  _globals['_CLUSTER']._serialized_end=775
 # @@protoc_insertion_point(module_scope)

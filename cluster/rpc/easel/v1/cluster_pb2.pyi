@@ -125,6 +125,8 @@ class ClusterStatus(_message.Message):
     ROUTERS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     PENDING_FIELD_NUMBER: _builtins.int
+    MIN_REPLICAS_FIELD_NUMBER: _builtins.int
+    MAX_REPLICAS_FIELD_NUMBER: _builtins.int
     slots: _builtins.int
     """Slots of all replicas, draining ones included."""
     active: _builtins.int
@@ -135,6 +137,10 @@ class ClusterStatus(_message.Message):
     """Most jobs that may wait."""
     version: _builtins.str
     """The Easel version of the router that answers."""
+    min_replicas: _builtins.int
+    """As few Denoiser replicas as load may bring; 0 also where their number is fixed, see max_replicas."""
+    max_replicas: _builtins.int
+    """As many Denoiser replicas as load may bring; 0 where their number is fixed."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaStatus]:
         """Replicas whose lease holds."""
@@ -160,10 +166,12 @@ class ClusterStatus(_message.Message):
         routers: _abc.Iterable[_builtins.str] | None = ...,
         version: _builtins.str = ...,
         pending: _abc.Iterable[_builtins.str] | None = ...,
+        min_replicas: _builtins.int = ...,
+        max_replicas: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "pending", b"pending", "queue_limit", b"queue_limit", "queued", b"queued", "replicas", b"replicas", "routers", b"routers", "slots", b"slots", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "pending", b"pending", "queue_limit", b"queue_limit", "queued", b"queued", "replicas", b"replicas", "routers", b"routers", "slots", b"slots", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
