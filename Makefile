@@ -5,9 +5,12 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 VLLM_VENV  := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
+# The image's Python and glibc. Wheels only, so that nothing is built, or run, while installing.
+LOCK   := $(BIN)/uv pip compile pyproject.toml --python-version 3.12 --python-platform x86_64-manylinux_2_35 \
+	--only-binary :all: --generate-hashes --no-annotate --quiet --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm demo serve test test-all test-vllm lint type fmt proto bench plots chaos clean
+.PHONY: help venv venv-vllm demo serve test test-all test-vllm lint type fmt proto lock bench plots chaos clean
 
 help: ## Show what make can do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -59,6 +62,10 @@ fmt: $(STAMP) ## Format the code
 
 proto: $(STAMP) ## Generate the stubs in cluster/rpc from proto/
 	$(BIN)/python -m cluster.rpc.generate
+
+lock: $(STAMP) ## Write the image's lock files from pyproject.toml
+	$(LOCK) --extra vllm --extra otel -o requirements.lock
+	$(LOCK) --extra otel --constraint requirements.lock -o requirements-cpu.lock
 
 bench: $(STAMP) ## Print this machine's figures as ratios; the last line is one JSON object
 	$(BIN)/python -m benchmarks.bench

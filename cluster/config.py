@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -15,7 +16,10 @@ from cluster.errors import ConfigError
 from cluster.security.settings import SecuritySettings
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+# Ray labels of a node -> what they must be there; Ray itself checks the syntax of both.
+Labels = Mapping[str, str]
 DEFAULT_PORT = 8500
+ENV_PREFIX = "EASEL__"
 
 
 class _Frozen(BaseModel):
@@ -98,7 +102,12 @@ class RouterAutoscaling(ReplicaRange):
 
 
 class RouterSettings(_Frozen):
-    """The public gRPC server. `health_port` is a plaintext port for the standard health service alone, for probes."""
+    """The public gRPC server. `health_port` is a plaintext port for the standard health service alone, for probes.
+
+    `label_selector` and `max_per_node` say on which nodes routers run, and how many share one. A connection is closed
+    `max_connection_age_s` after it was made (0: never), and what still streams on it by then gets
+    `max_connection_age_grace_s` more: so that clients look up the routers again.
+    """
 
     host: str = "127.0.0.1"
     port: Port = DEFAULT_PORT
@@ -111,6 +120,10 @@ class RouterSettings(_Frozen):
     look_every_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
     drain_timeout_s: Annotated[float, Field(ge=0, le=600)] = 5.0
     num_cpus: Annotated[float, Field(ge=0, le=256)] = 0.1
+    label_selector: Labels = {}
+    max_per_node: Annotated[int, Field(ge=1, le=100)] | None = None
+    max_connection_age_s: Annotated[int, Field(ge=0, le=86_400)] = 0
+    max_connection_age_grace_s: Annotated[int, Field(ge=1, le=86_400)] = 60
 
     @property
     def most_replicas(self) -> int:
@@ -131,8 +144,9 @@ class DenoiserSettings(_Frozen):
     """The replicas that denoise; one replica is one tensor-parallel group of `tp` ranks.
 
     `placement` says where the ranks of a replica run: `strict_pack` on one node, `strict_spread` each on another node,
-    `pack` and `spread` as near to that as there is room. `num_cpus` and `num_gpus` are for each rank. Where
-    `autoscaling` is set, that says how many replicas there are, and `replicas` is not used.
+    `pack` and `spread` as near to that as there is room. `num_cpus` and `num_gpus` are for each rank, and
+    `label_selector` chooses the nodes of all. Where `autoscaling` is set, that says how many replicas there are, and
+    `replicas` is not used.
     """
 
     replicas: Annotated[int, Field(ge=1, le=10_000)] = 2
@@ -153,6 +167,7 @@ class DenoiserSettings(_Frozen):
     placement: Literal["pack", "strict_pack", "spread", "strict_spread"] = "strict_pack"
     num_cpus: Annotated[float, Field(ge=0, le=256)] = 1.0
     num_gpus: Annotated[float, Field(ge=0, le=1)] = 0.0
+    label_selector: Labels = {}
     drain_timeout_s: Annotated[float, Field(ge=0, le=600)] = 5.0
     step_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     checkpoint_every_steps: Annotated[int, Field(ge=0, le=1000)] = 0
@@ -266,6 +281,49 @@ def overlay(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any
         elif value is not None and not isinstance(value, Mapping):
             merged[name] = value
     return merged
+
+
+def environment_values() -> dict[str, Any]:
+    """Settings from the environment, unchecked: EASEL__ROUTER__PORT=8600 is `router.port`.
+
+    A value that begins with { or [ is JSON. Raises ConfigError for a name that no setting has.
+    """
+    values: dict[str, Any] = {}
+    for name, text in sorted(os.environ.items()):
+        if name.startswith(ENV_PREFIX):
+            place, *path = _setting_path(name)[::-1]
+            section = values
+            for part in reversed(path):
+                section = section.setdefault(part, {})
+            section[place] = _env_value(name, text)
+    return values
+
+
+def _setting_path(name: str) -> list[str]:
+    path = name.removeprefix(ENV_PREFIX).lower().split("__")
+    section: type[BaseModel] | None = Settings
+    for part in path:
+        if section is None or part not in section.model_fields:
+            raise ConfigError(f"{name}: no such setting; `easel config --schema` lists all of them")
+        section = _section(section.model_fields[part].annotation)
+    if section is not None:
+        raise ConfigError(f"{name}: is a section; name one of its settings: {', '.join(section.model_fields)}")
+    return path
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:  # noqa: ANN401 - whatever a field is annotated with
+    """The section that a field is, or may be; None for a plain setting."""
+    choices = (annotation, *get_args(annotation))
+    return next((kind for kind in choices if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _env_value(name: str, text: str) -> Any:  # noqa: ANN401 - JSON
+    if not text.startswith(("{", "[")):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ConfigError(f"{name}: begins like JSON, but is not: {text!r}") from None
 
 
 def _problem(item: Mapping[str, Any]) -> str:

@@ -29,7 +29,15 @@ from typing import IO, Any, cast
 import psutil
 
 from cluster.checkpoint import check_degree, read_checkpoint
-from cluster.config import Settings, child_environment, load_values, overlay, parse_settings, state_dir
+from cluster.config import (
+    Settings,
+    child_environment,
+    environment_values,
+    load_values,
+    overlay,
+    parse_settings,
+    state_dir,
+)
 from cluster.errors import ConfigError, EaselError, StartupError
 from cluster.redis_server import free_port
 from cluster.security.check import check_files
@@ -90,7 +98,7 @@ class LocalCluster:
 
 def up(options: UpOptions, report: Report) -> LocalCluster:
     """Start a cluster as `easel up` does; see `start`."""
-    values = _values(options)
+    values = chosen_values(options)
     own_redis = not (isinstance(values["state"], dict) and values["state"].get("url"))
     return start(parse_settings(values), own_redis=own_redis, report=report)
 
@@ -153,8 +161,8 @@ def record(cluster: LocalCluster) -> None:
     temporary.replace(path)
 
 
-def _values(options: UpOptions) -> dict[str, Any]:
-    """The settings that the options stand for, not yet checked."""
+def chosen_values(options: UpOptions) -> dict[str, Any]:
+    """The settings that a file, above it the environment, and above both the options give; not yet checked."""
     scaled = {"min_replicas": options.min_replicas, "max_replicas": options.max_replicas}
     given = {
         "checkpoint": options.checkpoint,
@@ -170,7 +178,8 @@ def _values(options: UpOptions) -> dict[str, Any]:
             "autoscaling": scaled if any(bound is not None for bound in scaled.values()) else None,
         },
     }
-    values = overlay({} if options.config is None else load_values(Path(options.config)), given)
+    from_file = {} if options.config is None else load_values(Path(options.config))
+    values = overlay(overlay(from_file, environment_values()), given)
     folder = Path(values.get("checkpoint") or DEFAULT_CHECKPOINT)
     values["checkpoint"] = str(folder.expanduser().resolve())
     if isinstance(values["router"], dict) and values["router"].get("port") == 0:

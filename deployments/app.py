@@ -15,7 +15,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.checkpoint import check_degree, read_checkpoint
-from cluster.config import Settings, parse_settings
+from cluster.config import RouterSettings, Settings, environment_values, overlay, parse_settings
 from cluster.telemetry.logs import log_lines
 from cluster.telemetry.telemetry import FLUSH_S, Telemetry, make_telemetry
 from deployments.engine.api import Engine
@@ -164,8 +164,15 @@ class RouterDeployment:
 
 
 def build(values: Mapping[str, Any]) -> serve.Application:
-    """The Serve application for a mapping of settings (see cluster/config.py). Raises ConfigError, CheckpointError."""
-    settings = parse_settings(values)
+    """The Serve application for a mapping of settings, below those of the environment: what a RayService names.
+
+    Raises ConfigError, CheckpointError.
+    """
+    return application(parse_settings(overlay(values, environment_values())))
+
+
+def application(settings: Settings) -> serve.Application:
+    """The Serve application for checked settings. Raises ConfigError, CheckpointError."""
     # The model need not be where the application is made; routers and replicas read it where they run.
     if Path(settings.checkpoint).is_dir():
         check_degree(read_checkpoint(settings.checkpoint).config, settings.denoiser.tp)
@@ -183,12 +190,21 @@ def build(values: Mapping[str, Any]) -> serve.Application:
         RouterDeployment,
         name="Router",
         **router_count(settings.router),
-        ray_actor_options={"num_cpus": settings.router.num_cpus},
+        **_router_options(settings.router),
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=_router_leaves_within_s(settings),
     )
     return router.bind(plain, denoiser.bind(plain))
+
+
+def _router_options(router: RouterSettings) -> dict[str, Any]:
+    """The options of the Serve deployment that say where routers run."""
+    actor: dict[str, Any] = {"num_cpus": router.num_cpus}
+    if router.label_selector:
+        actor["label_selector"] = dict(router.label_selector)
+    spread = {} if router.max_per_node is None else {"max_replicas_per_node": router.max_per_node}
+    return {"ray_actor_options": actor, **spread}
 
 
 async def _wake(denoisers: DeploymentHandle[Any]) -> None:

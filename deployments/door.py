@@ -12,7 +12,7 @@ from cluster.config import Settings
 from cluster.errors import StartupError
 from cluster.rpc.auth import AuthInterceptor
 from cluster.rpc.interceptors import EdgeInterceptor
-from cluster.rpc.options import limit_options, server_options
+from cluster.rpc.options import connection_age, limit_options, server_options
 from cluster.security.gate import Gate
 from cluster.security.tls import PeerTls, ServerTls
 
@@ -48,6 +48,7 @@ class Door:
             options=(
                 *server_options(router.max_request_bytes, share_port=True),
                 *limit_options(router.max_connections, router.max_streams_per_connection),
+                *connection_age(router.max_connection_age_s, router.max_connection_age_grace_s),
             ),
         )
 

@@ -39,7 +39,7 @@ from cluster.jobs.connection import connect_to, without_password
 from cluster.jobs.store import JobStore
 from cluster.redis_keeper import keep_running
 from cluster.redis_server import RedisServer
-from deployments.app import build
+from deployments.app import application
 from deployments.placement import without_place
 from deployments.start_failures import messages, reason
 
@@ -211,8 +211,8 @@ def _start_ray(settings: Settings, reports: Reports, owned: contextlib.ExitStack
 def _deploy(settings: Settings, reports: Reports, stop: threading.Event) -> None:
     """Deploy and wait until every replica runs; says how far it is. Raises StartupError when Serve gives up."""
     reports.send(say=f"loading {settings.checkpoint} into {settings.denoiser.least_replicas} replicas")
-    application = build(settings.model_dump(mode="json"))
-    deployed = _beside(lambda: serve.run(application, name=APP_NAME, route_prefix=None))
+    app = application(settings)
+    deployed = _beside(lambda: serve.run(app, name=APP_NAME, route_prefix=None))
     give_up_s = time.monotonic() + START_TIMEOUT_S
     said = ""
     while not _done(deployed, POLL_S) and not stop.is_set() and time.monotonic() < give_up_s:

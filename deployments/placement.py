@@ -52,11 +52,14 @@ def placement_options(denoiser: DenoiserSettings) -> dict[str, Any]:
     if denoiser.engine == "vllm" and denoiser.tp > 1:
         # vLLM's ranks are actors of its own, one in each bundle; the replica computes nothing and leaves them the GPUs.
         own["num_gpus"] = 0.0
-    return {
+    options: dict[str, Any] = {
         "ray_actor_options": own,
         "placement_group_bundles": [dict(bundle) for _ in range(denoiser.tp)],
         "placement_group_strategy": denoiser.placement.upper(),
     }
+    if denoiser.label_selector:
+        options["placement_group_bundle_label_selector"] = [dict(denoiser.label_selector) for _ in range(denoiser.tp)]
+    return options
 
 
 def waiting(app_name: str) -> tuple[str, ...]:
@@ -69,9 +72,13 @@ def waiting(app_name: str) -> tuple[str, ...]:
 
 def without_place(denoiser: DenoiserSettings, timeout_s: float) -> tuple[str, ...]:
     """As `waiting`, before there are replicas: reserves a place for those there must be, and gives all back."""
-    bundles, strategy = placement_options(denoiser)["placement_group_bundles"], denoiser.placement.upper()
+    options, strategy = placement_options(denoiser), denoiser.placement.upper()
+    bundles, labels = options["placement_group_bundles"], options.get("placement_group_bundle_label_selector")
     give_up_s = time.monotonic() + timeout_s
-    groups = [ray.util.placement_group(bundles, strategy, name=f"{TRIAL}{n}") for n in range(denoiser.least_replicas)]
+    groups = [
+        ray.util.placement_group(bundles, strategy, name=f"{TRIAL}{n}", bundle_label_selector=labels)
+        for n in range(denoiser.least_replicas)
+    ]
     try:
         placed = [group.wait(max(0.0, give_up_s - time.monotonic())) for group in groups]
         return () if all(placed) else _waiting(TRIAL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import grpc
@@ -36,11 +37,19 @@ class Replicas:
 
     def stub(self, address: str) -> pb_grpc.DenoiserAsyncStub:
         """The internal service at an address (host:port)."""
+        return pb_grpc.DenoiserStub(self._channel(address))
+
+    def answer(self, addresses: Iterable[str]) -> bool:
+        """Whether one of these has a connection; dials those that have none, and does not wait for them."""
+        states = [self._channel(address).get_state(try_to_connect=True) for address in addresses]
+        return grpc.ChannelConnectivity.READY in states
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
         links = self._links.setdefault(address, [])
         pem = None if self._tls is None else self._tls.current()
         if not links or links[-1].pem is not pem:
             links.append(_Link(self._open(address, pem), pem))
-        return pb_grpc.DenoiserStub(links[-1].channel)
+        return links[-1].channel
 
     def _open(self, address: str, pem: Pem | None) -> grpc.aio.Channel:
         if self._tls is None or pem is None:

@@ -52,6 +52,9 @@ logger = logging.getLogger(__name__)
 PORT_PATIENCE_S = 5.0
 PORT_RETRY_S = 0.1
 LEAVING_S = 3.0
+# The health service that decides whether a router gets calls (k8s/base/rayservice.yaml). It says nothing of Redis: when
+# that is away, all routers would leave their Service at once, and callers would get no answer in place of UNAVAILABLE.
+READINESS = "readiness"
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_name,
     jobs_pb2.DESCRIPTOR.services_by_name["Jobs"].full_name,
@@ -85,6 +88,7 @@ class Router:
         self._store = MeasuredJobStore.recording(self._telemetry.recorder, redis, state)
         self._doorbell = Doorbell(redis, namespace=state.namespace)
         self._replicas = Replicas(internal_tls(settings))
+        self._takes_jobs: frozenset[str] = frozenset()
         shared = (self._store, self._replicas, self._doorbell, name, state.outage_patience_s, self._telemetry)
         self._supervisor = Supervisor(Surroundings(*shared))
         self._look = Heartbeat(self._supervisor.look, every_s=router.look_every_ms / 1000, name=f"{name}: look")
@@ -202,17 +206,24 @@ class Router:
             raise
         live = [row for row in view.replicas if row.lease_ms > 0]
         self._replicas.keep_only(frozenset(row.address for row in live))
+        self._takes_jobs = frozenset(row.address for row in live if not row.draining)
         if self._on_view is not None:
             self._on_view(view)
         # With no replica at all a job is taken too, where it wakes the first one.
         wakes = self._settings.denoiser.least_replicas == 0
-        await self._say(serving=wakes or any(not row.draining for row in live))
+        await self._say(serving=wakes or bool(self._takes_jobs))
 
     async def _say(self, *, serving: bool) -> None:
+        """Whether a job could run now; and by READINESS, whether a replica answers, with or without Redis.
+
+        Where a job wakes the first replica, a router without any must get that job.
+        """
         known = health_pb2.HealthCheckResponse
-        status = known.SERVING if serving else known.NOT_SERVING
-        for service in ("", *SERVICES):
-            await self._health.set(service, status)
+        sleeps = not self._takes_jobs and self._settings.denoiser.least_replicas == 0
+        told = dict.fromkeys(("", *SERVICES), serving)
+        told[READINESS] = sleeps or self._replicas.answer(self._takes_jobs)
+        for service, well in told.items():
+            await self._health.set(service, known.SERVING if well else known.NOT_SERVING)
 
 
 def _served_card(settings: Settings) -> ModelCard:

@@ -6,6 +6,7 @@ import click
 
 from cluster import __version__
 from cluster.cli.chaos import chaos
+from cluster.cli.config import config
 from cluster.cli.connection import trust_options
 from cluster.cli.demo import demo
 from cluster.cli.drain import drain
@@ -47,5 +48,21 @@ def easel(**trust: object) -> None:
     del trust  # cluster.cli.connection.open_client takes them from the context
 
 
-for _command in (up, down, status, metrics, drain, generate, submit, get, watch, cancel, jobs, keys, demo, chaos):
+for _command in (
+    up,
+    down,
+    status,
+    metrics,
+    drain,
+    generate,
+    submit,
+    get,
+    watch,
+    cancel,
+    jobs,
+    keys,
+    config,
+    demo,
+    chaos,
+):
     easel.add_command(_command)

@@ -15,6 +15,16 @@ _MAX_METADATA_BYTES = 32 * 1024
 Options = Sequence[tuple[str, int]]
 
 
+def connection_age(age_s: int, grace_s: int) -> Options:
+    """Settings of a server that closes connections `age_s` after they were made; 0 is never.
+
+    What streams by then has `grace_s` to end. Both are as grpc takes them: it spreads ages by 10 % to either side.
+    """
+    if age_s == 0:
+        return []
+    return [("grpc.max_connection_age_ms", 1000 * age_s), ("grpc.max_connection_age_grace_ms", 1000 * grace_s)]
+
+
 def limit_options(max_connections: int, max_streams_per_connection: int) -> Options:
     """How many callers a server takes: a connection too many is closed, a stream too many waits in its client."""
     return [
