@@ -182,14 +182,12 @@ class Attempt:
 
     async def _denoise(self, committed: list[Canvas]) -> None:
         checkpoint = await self._resumable(len(committed))
-        images = await self._images()
         try:
-            # Away from the step thread, which other jobs share.
-            decoded = await asyncio.to_thread(decode, images)
+            images = await self._images()
         except ValueError as error:
             await self._end(self._refused(error))
         if self._release is None:
-            self._start(committed, checkpoint, decoded)
+            self._start(committed, checkpoint, images)
         while True:
             # Bounded by the watchdog: an engine that is well reports, and of one that hangs we hear `stop`.
             item = await self._inbox.get()
@@ -210,13 +208,17 @@ class Attempt:
         return from_stored(kept) if kept is not None and kept.canvas_index == canvas_index else None
 
     async def _images(self) -> tuple[Image, ...]:
-        """What the prompt's image tokens stand for. Redis forgets it when the job ends."""
+        """What the prompt's image tokens stand for, decoded. Redis forgets it when the job ends.
+
+        Raises ValueError for a file that does not decode.
+        """
         if not self._spec.image_count:
             return ()
         kept = await self._persist(lambda: self._shop.store.images(self._spec.job_id))
         if kept is None:
             raise TransitionError(f"job {self._spec.job_id} has no images in Redis any more: it has ended")
-        return convert.images_from_bytes(kept)
+        # Away from the step thread, which other jobs share.
+        return await asyncio.to_thread(decode, convert.images_from_bytes(kept))
 
     def _start(self, committed: list[Canvas], checkpoint: CanvasCheckpoint | None, images: tuple[Image, ...]) -> None:
         job = EngineJob(
