@@ -30,8 +30,8 @@ class DecodedImage(Image):
 
 
 def decode(images: Sequence[Image]) -> tuple[DecodedImage, ...]:
-    """Pixels of all images of a job; those that have them already stay as they are. Takes seconds for large ones: call it from
-    a thread that may take that long.
+    """Pixels of all images of a job; those that have them already stay as they are. A large one takes a second or two:
+    call it from a thread that may take that long.
 
     Raises ValueError, naming the image, for one that does not decode, and for more than MAX_JOB_PIXELS together.
     """
