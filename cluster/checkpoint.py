@@ -28,6 +28,8 @@ DEFAULT_GLOBAL_HEAD_DIM = 512
 DEFAULT_IMAGE_TOKEN_ID = 258_880
 DEFAULT_POSITIONS_PER_IMAGE = 280
 IMAGE_FRAME_TOKENS = 2
+# Size, patches and scale of what the vision tower gets; a checkpoint has one of these.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 VISION_PREFIX = "model.encoder.vision_tower."
 
 
@@ -101,7 +103,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         digest.update(weights.fingerprint)
     _check_tensors(folder, config, tensors)
     card = _card(folder.name, digest.hexdigest()[:16], config, generation)
-    card = replace(card, vision=_vision(fields, config.vocab_size, tensors))
+    card = replace(card, vision=_vision(folder, fields, config.vocab_size, tensors))
     return Checkpoint(path=folder, card=card, config=config, tensors=tensors)
 
 
@@ -219,8 +221,11 @@ def _card(name: str, version: str, config: ModelConfig, generation: JsonFields) 
     )
 
 
-def _vision(fields: JsonFields, vocab_size: int, tensors: Mapping[str, TensorEntry]) -> VisionCard | None:
-    """None for a checkpoint that describes no vision tower, has no weights for it, or has no token for an image."""
+def _vision(folder: Path, fields: JsonFields, vocab_size: int, tensors: Mapping[str, TensorEntry]) -> VisionCard | None:
+    """None for a checkpoint that describes no vision tower, has no weights for it, no token for an image, or does not
+    say how images are prepared."""
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        return None
     if not fields.has("vision_config") or not any(name.startswith(VISION_PREFIX) for name in tensors):
         return None
     image_token_id = fields.integer("image_token_id", 0, default=DEFAULT_IMAGE_TOKEN_ID)

@@ -21,6 +21,7 @@ from deployments.answer import Answer
 from deployments.attempt_watch import AttemptWatch
 from deployments.endings import failure_of
 from deployments.engine.api import CanvasCheckpoint, Commit, EngineJob, Progress
+from deployments.engine.pixels import decode
 from deployments.load import Tally
 from deployments.outbox import MAX_DRAFTS_BEHIND, Outbox
 from deployments.step_loop import StepLoop
@@ -181,7 +182,10 @@ class Attempt:
 
     async def _denoise(self, committed: list[Canvas]) -> None:
         checkpoint = await self._resumable(len(committed))
-        images = await self._images()
+        try:
+            images = await self._images()
+        except ValueError as error:
+            await self._end(self._refused(error))
         if self._release is None:
             self._start(committed, checkpoint, images)
         while True:
@@ -204,13 +208,17 @@ class Attempt:
         return from_stored(kept) if kept is not None and kept.canvas_index == canvas_index else None
 
     async def _images(self) -> tuple[Image, ...]:
-        """What the prompt's image tokens stand for. Redis forgets it when the job ends."""
+        """What the prompt's image tokens stand for, decoded. Redis forgets it when the job ends.
+
+        Raises ValueError for a file that does not decode.
+        """
         if not self._spec.image_count:
             return ()
         kept = await self._persist(lambda: self._shop.store.images(self._spec.job_id))
         if kept is None:
             raise TransitionError(f"job {self._spec.job_id} has no images in Redis any more: it has ended")
-        return convert.images_from_bytes(kept)
+        # Away from the step thread, which other jobs share.
+        return await asyncio.to_thread(decode, convert.images_from_bytes(kept))
 
     def _start(self, committed: list[Canvas], checkpoint: CanvasCheckpoint | None, images: tuple[Image, ...]) -> None:
         job = EngineJob(
@@ -227,7 +235,10 @@ class Attempt:
     def _started(self, done: asyncio.Future[None]) -> None:
         error = None if done.cancelled() else done.exception()
         if error is not None and not isinstance(error, EngineError):
-            self._inbox.put_nowait(_Failed(EngineError(f"the engine refused job {self._spec.job_id}: {error}")))
+            self._inbox.put_nowait(self._refused(error))
+
+    def _refused(self, error: BaseException) -> _Failed:
+        return _Failed(EngineError(f"the engine refused job {self._spec.job_id}: {error}"))
 
     async def _commit(self, commit: Commit) -> bool:
         """Write a canvas, then tell it; True when the answer is whole."""

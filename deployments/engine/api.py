@@ -37,8 +37,9 @@ class EngineJob:
 
     `prompt_tokens` are token ids in [0, vocab_size). `committed` holds the whole `canvas_tokens` tokens of every
     canvas that is already final, in order. `wants_drafts` asks for the argmax canvas in every Progress. `images` are
-    those of the prompt in its order, one for each of the card's image tokens in `prompt_tokens`: files that were
-    checked but not decoded. An engine without vision refuses a job that has any.
+    those of the prompt in its order, one for each of the card's image tokens in `prompt_tokens`: files whose
+    headers were checked, which the replica has decoded already (pixels.py). An engine without vision refuses a job that
+    has any.
     """
 
     job_id: str

@@ -7,7 +7,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.checkpoint import Checkpoint
 from cluster.core import SamplingParams
 from cluster.errors import ConfigError, EngineError
+from deployments.engine.pixels import DecodedImage
 from deployments.engine.torch_tp.link import accept_follower
 from deployments.engine.torch_tp.payload import CanvasState
 from deployments.engine.vllm_entry import check_plugin, check_version
@@ -31,7 +32,10 @@ GRACE_S = 1.0
 # vLLM starts before its worker connects: loading weights takes minutes for a large model.
 START_TIMEOUT_S = 1800.0
 CPU_BLOCK_TOKENS = 32
-NO_MEDIA = {"image": 0, "video": 0}
+# As many images as a request may hold.
+MAX_IMAGES = 16
+# Prepared images that vLLM keeps, in this process and in its engine's; by itself it takes 4 of each.
+IMAGE_CACHE_GIB = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +149,11 @@ class VllmCore:
             self.words.fail("vllm's engine process is dead")
         return self.words.lost
 
-    def add(self, key: str, tokens: list[int], plan: dict[str, Any], max_tokens: int) -> None:
-        """Hands a request to vLLM. Raises EngineError when it is dead."""
+    def add(
+        self, key: str, tokens: list[int], plan: dict[str, Any], max_tokens: int, images: Sequence[DecodedImage] = ()
+    ) -> None:
+        """Hands a request to vLLM, with an image for each of the first image tokens. Raises EngineError when it is
+        dead."""
         params = self._vllm.SamplingParams(
             temperature=1.0,
             max_tokens=max_tokens,
@@ -155,7 +162,7 @@ class VllmCore:
             output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
             extra_args={EXTRA: plan},
         )
-        self._call(self._begin(key, tokens, params))
+        self._call(self._begin(key, self._prompt(tokens, images), params))
 
     def has_ended(self, key: str) -> bool:
         """Whether vLLM is done with a request that was added."""
@@ -196,10 +203,13 @@ class VllmCore:
         from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
 
         settings, canvas_tokens = self._settings, self._checkpoint.card.canvas_tokens
+        sees = self._checkpoint.card.vision is not None
         arguments = AsyncEngineArgs(
             model=str(self._checkpoint.path),
-            skip_tokenizer_init=True,
-            limit_mm_per_prompt=NO_MEDIA,
+            # What prepares images is made with the tokenizer.
+            skip_tokenizer_init=not sees,
+            limit_mm_per_prompt={"image": MAX_IMAGES if sees else 0, "video": 0},
+            mm_processor_cache_gb=IMAGE_CACHE_GIB,
             dtype=settings.dtype,
             quantization=settings.quantization,
             max_model_len=settings.context_tokens(self._checkpoint),
@@ -208,6 +218,8 @@ class VllmCore:
             # A prompt's part in a forward: with more, a long prompt could leave another job half a canvas.
             long_prefill_token_threshold=canvas_tokens,
             enable_chunked_prefill=True,
+            # As vLLM has it on GPUs: an image begins a part of its own.
+            disable_chunked_mm_input=True,
             enable_prefix_caching=settings.prefix_reuse,
             block_size=self._block_tokens(canvas_tokens),
             gpu_memory_utilization=settings.gpu_memory_utilization,
@@ -244,11 +256,16 @@ class VllmCore:
         assert self._llm is not None
         return self._llm
 
-    async def _begin(self, key: str, tokens: list[int], params: Any) -> None:  # noqa: ANN401
-        self._tasks[key] = asyncio.get_running_loop().create_task(self._follow(key, tokens, params), name=key)
+    def _prompt(self, tokens: list[int], images: Sequence[DecodedImage]) -> Any:  # noqa: ANN401
+        """vLLM scales images down in a thread of its own; meanwhile other requests go on."""
+        if not images:
+            return self._vllm.inputs.tokens_input(tokens)
+        return {"prompt_token_ids": tokens, "multi_modal_data": {"image": [image.pixels for image in images]}}
 
-    async def _follow(self, key: str, tokens: list[int], params: Any) -> None:  # noqa: ANN401
-        prompt = self._vllm.inputs.tokens_input(tokens)
+    async def _begin(self, key: str, prompt: Any, params: Any) -> None:  # noqa: ANN401
+        self._tasks[key] = asyncio.get_running_loop().create_task(self._follow(key, prompt, params), name=key)
+
+    async def _follow(self, key: str, prompt: Any, params: Any) -> None:  # noqa: ANN401
         try:
             async for _ in self._running().generate(prompt, params, request_id=key):
                 pass

@@ -15,6 +15,7 @@ from cluster.core import ModelCard
 from cluster.errors import EngineError
 from deployments.engine.admission import check_job, open_checkpoint
 from deployments.engine.api import CanvasCheckpoint, Commit, EngineJob, EngineStats, Progress, StepReport
+from deployments.engine.pixels import decode
 from deployments.engine.torch_tp.payload import CanvasState, pack, unpack
 from deployments.engine.vllm_core import VllmCore, VllmSettings, request_plan
 from deployments.engine.vllm_wire import Canvas, Go, Order, Saved, Snapshot, StepEvent, Stop
@@ -81,7 +82,8 @@ class VllmEngine:
         """See `Engine.start`."""
         if job.job_id in self._jobs:
             raise KeyError(f"job {job.job_id} is active already")
-        check_job(self._card, job)
+        check_job(self._card, job, takes_images=True)
+        images = decode(job.images)
         state = self._read_checkpoint(job)
         if len(self._jobs) >= self._slots:
             raise RuntimeError(f"all {self._slots} slots are taken")
@@ -93,7 +95,7 @@ class VllmEngine:
             key, job.sampling, self._card.eos_token_ids, canvas_index=done, canvases=canvases, state=state
         )
         tokens = [*job.prompt_tokens, *itertools.chain.from_iterable(job.committed)]
-        self._core.add(key, tokens, plan, (canvases - done) * self._card.canvas_tokens)
+        self._core.add(key, tokens, plan, (canvases - done) * self._card.canvas_tokens, images)
         self._jobs[job.job_id] = _Job(job, key, done, 0 if state is None else state.step)
 
     def step(self) -> StepReport:

@@ -14,14 +14,14 @@ from redis.asyncio import Redis
 from cluster.client import EaselClient
 from cluster.core import Image, ModelCard
 from cluster.engines import FAKE, with_trait
-from cluster.errors import EngineCannot, InvalidRequest, QueueFull, RequestIdReused
+from cluster.errors import EngineCannot, EngineError, InvalidRequest, QueueFull, RequestIdReused
 from cluster.jobs.keys import Keys
 from cluster.rpc.easel.v1 import generation_pb2_grpc as v1_grpc
 from cluster.rpc.prompts import Prompt
 from deployments.engine.api import EngineJob
 from deployments.engine.fake import FakeEngine
 from tests.e2e.conftest import CHECKPOINT, Connect, Stack, Start, until
-from tests.unit.images import asked, picture
+from tests.unit.images import asked, damaged, picture
 
 SEEING = replace(FAKE, images=True)
 IMAGE, IMAGE_TOKEN = "messages[0].parts[1].image", 7
@@ -47,10 +47,11 @@ class SeeingEngine(FakeEngine):
 
 @pytest.fixture
 def seeing(tmp_path: Path) -> Path:
-    """The demo checkpoint, which has a vision part, with a chat template that knows images."""
+    """The demo checkpoint, which has a vision tower, with what it lacks: a template that knows images, a processor."""
     folder = tmp_path / "tiny"
     shutil.copytree(CHECKPOINT, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "processor_config.json").write_text("{}")
     return folder
 
 
@@ -58,6 +59,10 @@ def given_to(stack: Stack, replica: str) -> list[EngineJob]:
     engine = stack.engines[replica]
     assert isinstance(engine, SeeingEngine)
     return engine.given
+
+
+def files_of(job: EngineJob) -> tuple[Image, ...]:
+    return tuple(Image(image.data, image.mime_type) for image in job.images)
 
 
 async def kept_images(stack: Stack) -> tuple[int, int]:
@@ -87,8 +92,11 @@ async def test_an_engine_that_takes_no_images_is_named_before_anything_is_stored
             await anext(client.stream([("user", [picture(), "look"])]))
 
 
-async def test_a_template_that_knows_no_images_is_an_invalid_request(start: Start, connect: Connect) -> None:
-    client = connect(await start(traits=SEEING, engine_class=SeeingEngine))
+async def test_a_template_that_knows_no_images_is_an_invalid_request(
+    start: Start, connect: Connect, seeing: Path
+) -> None:
+    shutil.copy(CHECKPOINT / "chat_template.jinja", seeing)
+    client = connect(await start(checkpoint=seeing, traits=SEEING, engine_class=SeeingEngine))
     with pytest.raises(InvalidRequest, match="the model's chat template refuses it: it takes only texts"):
         await client.generate([("user", [picture(), "look"])])
 
@@ -100,10 +108,22 @@ async def test_images_reach_the_engine_in_order_and_intact(start: Start, connect
     prompt: Prompt = [("user", ["a", seeing / "photo.jpg", "b", webp])]
     answer = await client.generate(prompt, seed=1, max_new_tokens=32)
     (job,) = given_to(stack, "denoiser-0")
-    assert job.images == (Image(jpeg, "image/jpeg"), Image(webp, "image/webp"))
+    assert files_of(job) == (Image(jpeg, "image/jpeg"), Image(webp, "image/webp"))
     assert job.prompt_tokens == (2, 3, ord("a"), IMAGE_TOKEN, ord("b"), IMAGE_TOKEN, 4)
     assert answer.usage.prompt_tokens == 7
     assert await kept_images(stack) == (0, 0)
+
+
+async def test_a_file_that_does_not_decode_fails_its_job_and_no_other(
+    start: Start, connect: Connect, seeing: Path
+) -> None:
+    stack = await start(checkpoint=seeing, traits=SEEING, engine_class=SeeingEngine)
+    client = connect(stack)
+    with pytest.raises(EngineError, match="images: image 1 of 1 does not decode"):
+        await client.generate([("user", [damaged(), "look"])], max_new_tokens=32)
+    assert given_to(stack, "denoiser-0") == []
+    assert await kept_images(stack) == (0, 0)
+    await client.generate([("user", [picture(), "look"])], max_new_tokens=32)
 
 
 async def test_a_job_takes_its_images_along_when_its_replica_is_lost(
@@ -124,7 +144,7 @@ async def test_a_job_takes_its_images_along_when_its_replica_is_lost(
     assert answer.replica != first
     for name in stack.engines:
         (job,) = given_to(stack, name)
-        assert job.images == (Image(data, "image/png"),)
+        assert files_of(job) == (Image(data, "image/png"),)
 
 
 async def test_an_adopting_router_needs_no_images_for_a_job_to_go_on(
@@ -143,7 +163,7 @@ async def test_an_adopting_router_needs_no_images_for_a_job_to_go_on(
     events = [event async for event in other.watch(submitted.job_id)]
     assert events
     assert (await other.get("seen")).state == "succeeded"
-    assert {job.images for job in given_to(stack, "denoiser-0")} == {(Image(data, "image/png"),)}
+    assert {files_of(job) for job in given_to(stack, "denoiser-0")} == {(Image(data, "image/png"),)}
 
 
 async def test_the_same_id_with_another_image_is_refused(start: Start, connect: Connect, seeing: Path) -> None:

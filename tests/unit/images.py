@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from typing import Any
 
 from PIL import Image as Pillow
@@ -15,6 +17,16 @@ def picture(kind: str = "PNG", width_px: int = 8, height_px: int = 6, **options:
     file = io.BytesIO()
     Pillow.new("RGB", (width_px, height_px), (200, 30, 60)).save(file, kind, **options)
     return file.getvalue()
+
+
+def damaged() -> bytes:
+    """A PNG whose structure is whole and whose pixels are not: only decoding tells."""
+    head = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 6, 8, 2, 0, 0, 0))
+    return head + _chunk(b"IDAT", b"\x78\x9cnothing that inflates") + _chunk(b"IEND", b"")
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def animation(kind: str) -> bytes:

@@ -96,7 +96,9 @@ def test_numbers_come_from_the_files(folder: Path) -> None:
     assert len(found.config.layers) == text["num_hidden_layers"]
 
 
-def test_a_vision_part_is_known_by_its_description_its_weights_and_its_token(folder: Path) -> None:
+def test_a_vision_part_is_known_by_its_description_its_weights_its_token_and_its_processor(folder: Path) -> None:
+    assert read_checkpoint(folder).card.vision is None, "nothing says how images are prepared"
+    (folder / "processor_config.json").write_text("{}")
     assert read_checkpoint(folder).card.vision == VisionCard(image_token_id=7, tokens_per_image=282)
     edit(folder, "config.json", lambda values: values["vision_config"].update(default_output_length=70))
     assert read_checkpoint(folder).card.vision == VisionCard(image_token_id=7, tokens_per_image=72)
@@ -107,6 +109,7 @@ def test_a_vision_part_is_known_by_its_description_its_weights_and_its_token(fol
 
 
 def test_a_checkpoint_without_weights_for_vision_has_no_vision_part(folder: Path) -> None:
+    (folder / "processor_config.json").write_text("{}")
     edit_header(
         folder,
         lambda header: [
