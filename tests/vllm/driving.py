@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.core import ModelCard
 from deployments.engine.api import Commit, Engine, EngineJob, Progress
-from tests.contract.test_engine_contract import drive
+from tests.contract.engines import drive
 from tests.oracle import copy_checkpoint, encode, some_checkpoint
 
 TEXTS = ("count 31 to 38", "upper amber", "reverse 407", "sort 407", "Order 4821 from A", "ab", "z", "hello there")

@@ -8,7 +8,7 @@ import pytest
 
 from deployments.engine.api import Engine
 from tests.contract import test_engine_contract as suite
-from tests.contract.test_engine_contract import Maker
+from tests.contract.engines import Maker
 
 globals().update({name: test for name, test in vars(suite).items() if name.startswith("test_")})
 

@@ -16,7 +16,7 @@ from cluster.errors import ConfigError, EngineError
 from deployments.engine import vllm_core, vllm_entry
 from deployments.engine.torch_tp.engine import load_engine as load_torch
 from deployments.engine.vllm_engine import VllmEngine, load_engine
-from tests.contract.test_engine_contract import drive
+from tests.contract.engines import drive
 from tests.oracle import copy_checkpoint, some_checkpoint
 from tests.vllm.driving import run_all, tokens_of, varied_jobs
 

@@ -20,7 +20,7 @@ from deployments.engine.torch_tp.engine import load_engine as load_torch
 from deployments.engine.torch_tp.sampler import temperature
 from deployments.engine.vllm_engine import VllmEngine
 from tests.contract import test_engine_contract as suite
-from tests.contract.test_engine_contract import Maker, drive
+from tests.contract.engines import Maker, drive
 from tests.oracle import load_reference
 from tests.unit.images import damaged
 from tests.vllm.conftest import Pool

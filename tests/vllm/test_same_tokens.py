@@ -11,7 +11,7 @@ import pytest
 from deployments.engine.api import Engine
 from deployments.engine.torch_tp.engine import load_engine as load_torch
 from deployments.engine.vllm_engine import VllmEngine
-from tests.contract.test_engine_contract import drive
+from tests.contract.engines import drive
 from tests.oracle import encode, some_checkpoint
 from tests.vllm.driving import changed_checkpoint, run_all, tokens_of, varied_jobs
 

@@ -9,7 +9,7 @@ import pytest
 
 from deployments.engine.torch_tp.engine import load_engine as load_torch
 from deployments.engine.vllm_engine import VllmEngine, load_engine
-from tests.contract.test_engine_contract import drive
+from tests.contract.engines import drive
 from tests.oracle import some_checkpoint
 from tests.vllm.driving import run_all, tokens_of, varied_jobs
 
