@@ -9,7 +9,7 @@ import math
 import secrets
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,7 +149,9 @@ class Core:
         self.keys: list[str] = []
         self.ended = False
 
-    def add(self, key: str, tokens: list[int], plan: dict[str, Any], max_tokens: int) -> None:
+    def add(
+        self, key: str, tokens: list[int], plan: dict[str, Any], max_tokens: int, images: Sequence[object] = ()
+    ) -> None:
         self.keys.append(key)
 
     def abort(self, key: str) -> None: ...
